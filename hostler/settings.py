@@ -1,0 +1,155 @@
+"""All settings, read from the environment (``HOSTLER_*``). One class serves client and node.
+
+A name that begins with ``HOSTLER_`` and is none of these is refused: a misspelt setting must not be ignored in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hostler.contract import NODE_PATTERN
+
+PREFIX = "HOSTLER_"
+DIR_MAX = 60
+"""Unix socket paths end at 107 bytes (sun_path in unix(7)); below a folder of 60 every socket of ours still fits."""
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The text names it, says why, and what would be right. Nothing was started."""
+
+
+def _default_node() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:63] or "localhost"
+
+
+def _default_state_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib/hostler")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "hostler"
+
+
+def _default_run_dir() -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/hostler")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "hostler" if runtime else Path(f"/tmp/hostler-{os.geteuid()}")  # noqa: S108
+
+
+def _node(value: str) -> str:
+    if not NODE_PATTERN.fullmatch(value):
+        raise ValueError(f"{value!r} is not a node name: letters, digits, '.', '_', '-', at most 63")
+    return value
+
+
+def _short_absolute_dir(value: Path) -> Path:
+    if not value.is_absolute():
+        raise ValueError(f"{str(value)!r} is not an absolute path")
+    if len(str(value)) > DIR_MAX:
+        raise ValueError(f"{str(value)!r} is longer than {DIR_MAX} characters, too long for the unix sockets below it")
+    return value
+
+
+def _ports(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", value.strip())
+    if not match or not 0 < int(match[1]) <= int(match[2]) <= 65535:
+        raise ValueError(f"{value!r} is not a port range such as 49152-49215")
+    return int(match[1]), int(match[2])
+
+
+Dir = Annotated[Path, AfterValidator(_short_absolute_dir)]
+
+
+class Settings(BaseSettings):
+    """Where things are on this machine. Every field is the environment name without ``HOSTLER_``, in lower case."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    node: Annotated[str, AfterValidator(_node)] = Field(default_factory=_default_node, description="This node's name.")
+    state_dir: Dir = Field(default_factory=_default_state_dir, description="Durable files: database, broker, logs.")
+    run_dir: Dir = Field(default_factory=_default_run_dir, description="Sockets and chroots of running guests.")
+    broker_url: str = Field("", description="Any broker Celery supports; empty is the embedded one.")
+    result_backend: str = Field("", description="Any result backend Celery supports; empty is the embedded one.")
+    database_url: str = Field("", description="Any SQLAlchemy URL; empty is SQLite below the state folder.")
+    qemu_binary: str = Field("", description="The emulator; empty is qemu-system-<arch> from PATH.")
+    migration_address: str = Field("", description="Where this node receives guests; empty is its first address.")
+    migration_ports: Annotated[tuple[int, int], BeforeValidator(_ports)] = Field(
+        (49152, 49215), description="Ports for incoming migrations, as FIRST-LAST."
+    )
+    ifup: str = Field("", description="Network script, run as SCRIPT TAP; empty is the one shipped.")
+    ifdown: str = Field("", description="Network script, run as SCRIPT TAP; empty is the one shipped.")
+    log_format: Literal["", "console", "json"] = Field("", description="Empty: console on a terminal, else json.")
+    qemu_timeout_s: float = Field(30.0, gt=0, le=600, description="How long QEMU may take to greet or answer.")
+    concurrency: int = Field(64, ge=1, le=1024, description="Jobs that run at once on this node.")
+
+    @property
+    def embedded_broker(self) -> bool:
+        """Whether the broker is the one below the state folder."""
+        return not self.broker_url
+
+    @property
+    def embedded_database(self) -> bool:
+        """Whether the database is the SQLite file below the state folder."""
+        return not self.database_url
+
+    @property
+    def broker_socket(self) -> Path:
+        """The embedded broker's unix socket."""
+        return self.state_dir / "broker" / "redis.sock"
+
+    @property
+    def effective_broker_url(self) -> str:
+        """The broker's URL, the embedded one's where none is set."""
+        return self.broker_url or f"redis+socket://{self.broker_socket}?virtual_host=0"
+
+    @property
+    def effective_result_backend(self) -> str:
+        """The result backend's URL: as set, else the Redis that is the broker, else the embedded one."""
+        if self.result_backend:
+            return self.result_backend
+        return self.broker_url if self.broker_url.startswith("redis") else self._embedded_url
+
+    @property
+    def _embedded_url(self) -> str:
+        return f"redis+socket://{self.broker_socket}?virtual_host=0"
+
+    @property
+    def needs_embedded_server(self) -> bool:
+        """Whether broker or results live in the embedded server."""
+        return self._embedded_url in (self.effective_broker_url, self.effective_result_backend)
+
+    @property
+    def effective_database_url(self) -> str:
+        """The database's SQLAlchemy URL."""
+        return self.database_url or f"sqlite+pysqlite:///{self.state_dir / 'hostler.sqlite'}"
+
+
+def known_names() -> set[str]:
+    """Every environment name that is a setting."""
+    return {PREFIX + name.upper() for name in Settings.model_fields}
+
+
+@cache
+def load() -> Settings:
+    """The settings of this process, read once. Raises SettingsError naming the variable and the reason."""
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known_names())
+    if unknown:
+        raise SettingsError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known_names()))}")
+    try:
+        return Settings()
+    except ValidationError as exc:
+        problems = (f"{PREFIX}{str(error['loc'][0]).upper()}: {_reason(error['msg'])}" for error in exc.errors())
+        raise SettingsError("; ".join(problems)) from None
+
+
+def _reason(message: str) -> str:
+    return message.removeprefix("Value error, ")

@@ -1,0 +1,23 @@
+"""The database: what a node remembers. Tables, their types, and how a transaction is opened."""
+
+from models.base import Base, utc_now
+from models.instance import DiskLease, Instance, Runtime
+from models.job import InstanceLock, Job
+from models.node import Incarnation, Node
+from models.session import Database
+from models.uid_pool import UidLease, UidRange
+
+__all__ = [
+    "Base",
+    "Database",
+    "DiskLease",
+    "Incarnation",
+    "Instance",
+    "InstanceLock",
+    "Job",
+    "Node",
+    "Runtime",
+    "UidLease",
+    "UidRange",
+    "utc_now",
+]

@@ -1,0 +1,40 @@
+"""Nodes, and the worker processes that acted for them one after another."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import BigInteger, ForeignKey, Index, String
+from sqlalchemy.orm import Mapped, mapped_column
+
+from models.base import Base, UtcDateTime, key, utc_now
+
+
+class Node(Base):
+    """A host that runs guests. Its row is also what short transactions lock to decide about the node's disks."""
+
+    __tablename__ = "nodes"
+
+    name: Mapped[str] = mapped_column(key(63), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+
+
+class Incarnation(Base):
+    """One run of a node's worker. Jobs and guests name the incarnation that acts; a dead one acts no more.
+
+    A process is known by pid, start time (clock ticks since boot, field 22 of proc(5)'s stat) and boot id: a pid alone
+    is used again.
+    """
+
+    __tablename__ = "incarnations"
+    __table_args__ = (Index(None, "node", "ended_at"),)
+
+    id: Mapped[str] = mapped_column(key(36), primary_key=True)
+    node: Mapped[str] = mapped_column(key(63), ForeignKey("nodes.name"))
+    pid: Mapped[int] = mapped_column(BigInteger)
+    start_ticks: Mapped[int] = mapped_column(BigInteger)
+    boot_id: Mapped[str] = mapped_column(key(36))
+    version: Mapped[str] = mapped_column(String(64))
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+    heartbeat_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

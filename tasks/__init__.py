@@ -1,0 +1,1 @@
+"""The Celery tasks of a node: validate, call an operation, return a payload."""

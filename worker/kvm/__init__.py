@@ -1,0 +1,1 @@
+"""QEMU: its command line, its processes and its monitor protocol. No Celery, no SQL."""

@@ -1,0 +1,99 @@
+"""What an operation is given: the node it acts for, and the job it reports to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hostler.settings import Settings
+from models import Database, utc_now
+from worker.kvm import accelerator, emulator
+from worker.kvm.emulator import Features
+from worker.kvm.qmp import EventLoop
+from worker.network import scripts
+from worker.operations.ledger import Ledger
+
+Publish = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class NodeContext:
+    """Everything the operations of one worker share. Made once, when the worker starts."""
+
+    settings: Settings
+    database: Database
+    incarnation: str
+    loop: EventLoop
+    ledger: Ledger = field(init=False)
+    _probing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.database, self.settings.node, self.incarnation)
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.settings.node
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where probes keep what they found out; may be deleted at any time."""
+        return self.settings.state_dir / "cache"
+
+    @cached_property
+    def qemu_binary(self) -> Path:
+        """The emulator. Raises EmulatorMissing."""
+        return emulator.find(self.settings.qemu_binary)
+
+    def features(self) -> Features:
+        """What this node's QEMU can do, asked of QEMU itself and cached until the binary changes."""
+        with self._probing:
+            return emulator.probe(self.qemu_binary, self.cache_dir)
+
+    def kvm(self) -> accelerator.KvmProbe:
+        """Whether KVM really runs a guest here, tried once per boot."""
+        with self._probing:
+            return accelerator.kvm_works(self.qemu_binary, self.cache_dir)
+
+    @property
+    def ifup(self) -> Path:
+        """The script that connects a tap."""
+        return Path(self.settings.ifup) if self.settings.ifup else scripts.shipped("ifup")
+
+    @property
+    def ifdown(self) -> Path:
+        """The script that disconnects a tap."""
+        return Path(self.settings.ifdown) if self.settings.ifdown else scripts.shipped("ifdown")
+
+
+@dataclass
+class JobContext:
+    """The job an operation works for: where it records its phases before their side effects."""
+
+    id: str
+    instance: str | None
+    node: NodeContext
+    publish: Publish
+    attempt: int = 1
+
+    def phase(self, phase: str, percent: int, message: str) -> None:
+        """Record in SQL, then tell whoever watches; the telling never waits and never fails the operation."""
+        stored = self.node.ledger.advance(self.id, phase, percent, message)
+        self.publish(
+            {
+                "phase": phase,
+                "percent": stored,
+                "message": message,
+                "instance": self.instance,
+                "node": self.node.name,
+                "updated_at": utc_now().isoformat(),
+            }
+        )
+
+    def earlier_phases(self) -> list[str]:
+        """The phases an earlier attempt recorded, whose worker died; empty for a first attempt."""
+        return self.node.ledger.phases_of(self.id) if self.attempt > 1 else []

@@ -1,0 +1,232 @@
+"""The running guests of this node: watched, and cleaned up after, whatever ends them.
+
+Every QEMU is watched by its pidfd and its monitor. The end of one is handled here and nowhere else, once: it is
+recorded with its reason, and what the guest had of the host is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import structlog
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+
+from hostler.contract import InstanceState
+from hostler.payloads import Nic
+from models import Instance, Runtime, utc_now
+from worker.errors import NetworkFailed, NotRunning, OperationError, QmpLost
+from worker.kvm.folder import GuestFolder
+from worker.kvm.process import ProcessIdentity, QemuProcess, find_by_uuid
+from worker.kvm.qmp import Event, Monitor
+from worker.network import scripts
+from worker.operations.context import NodeContext
+from worker.operations.ending import Ending, judge
+
+log = structlog.get_logger(__name__)
+
+LAST_WORDS_S = 1.0
+"""How long QEMU's last events may take to arrive after its process has ended; they are in the socket's buffer."""
+
+RETRY_S = 1.0
+"""A database that is away is asked again at this interval; until then the runtime's row says what is to be done."""
+
+_BY_EVENT = {"STOP": InstanceState.PAUSED, "RESUME": InstanceState.RUNNING}
+RUN_STATES = {"running": InstanceState.RUNNING, "inmigrate": InstanceState.INCOMING}
+"""QEMU's words for what is not simply paused (QAPI RunState)."""
+
+
+class Guest:
+    """One running QEMU and how to talk to it. ``ended`` is set once its end is recorded and cleaned up after."""
+
+    def __init__(self, name: str, uuid: str, process: QemuProcess, folder: GuestFolder) -> None:
+        self.name = name
+        self.uuid = uuid
+        self.process = process
+        self.folder = folder
+        self.monitor: Monitor | None = None
+        self.killed_by_us = False
+        self.shutdown: Event | None = None
+        self.ending: Ending | None = None
+        self.ended = threading.Event()
+        self.observing = threading.Lock()
+
+    def talk(self) -> Monitor:
+        """The monitor. Raises QmpLost while there is no connection to it."""
+        if self.monitor is None:
+            raise QmpLost(f"{self.name} runs (pid {self.process.pid}), but its monitor cannot be reached")
+        return self.monitor
+
+
+class Guests:
+    """All guests that this worker watches."""
+
+    def __init__(self, node: NodeContext) -> None:
+        self._node = node
+        self._by_name: dict[str, Guest] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._workers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="guest-end")
+
+    def get(self, name: str) -> Guest | None:
+        """The running guest of this name, if there is one."""
+        with self._lock:
+            return self._by_name.get(name)
+
+    def need(self, name: str) -> Guest:
+        """As ``get``. Raises NotRunning."""
+        if guest := self.get(name):
+            return guest
+        raise NotRunning(f"{name} is not running", state=InstanceState.STOPPED)
+
+    def watch(self, guest: Guest) -> None:
+        """Be told of the guest's end from now on, also when it has ended in this very moment."""
+        with self._lock:
+            self._by_name[guest.name] = guest
+        loop = self._node.loop.loop
+        loop.call_soon_threadsafe(loop.add_reader, guest.process.pidfd, self._process_ended, guest)
+
+    def on_event(self, guest: Guest, event: Event) -> None:
+        """Take note of an event; called in the loop's thread."""
+        name = str(event.get("event"))
+        if name == "SHUTDOWN":
+            guest.shutdown = event
+        elif name in _BY_EVENT and self.get(guest.name) is guest:
+            self._workers.submit(self.observe, guest)
+
+    def adopt(self, row: Runtime) -> Guest | None:
+        """Take over a guest whose worker is gone: None where its QEMU is gone too. The guest notices nothing.
+
+        A monitor that does not answer leaves the guest watched, and its state ``unknown``.
+        """
+        identity = identity_of(row)
+        process = QemuProcess.adopt(identity) if identity else None
+        if process is None:
+            return None
+        guest = Guest(row.instance_name, row.uuid, process, GuestFolder(Path(row.run_dir)))
+        self.watch(guest)
+        self.reconnect(guest)
+        return guest
+
+    def reconnect(self, guest: Guest) -> None:
+        """Connect to the guest's monitor and record its state as QEMU tells it, or ``unknown``."""
+        try:
+            guest.monitor = Monitor.connect(
+                self._node.loop, guest.folder.qmp, 5.0, lambda event: self.on_event(guest, event)
+            )
+        except OperationError as exc:
+            log.warning("the guest's monitor does not answer", instance=guest.name, reason=str(exc))
+        self.observe(guest)
+
+    def tend(self) -> None:
+        """Housekeeping at each heartbeat: reconnect what could not be reached, keep the journals small."""
+        with self._lock:
+            guests = list(self._by_name.values())
+        for guest in guests:
+            if guest.monitor is None and not guest.ended.is_set():
+                self.reconnect(guest)
+            elif guest.monitor:
+                guest.folder.trim_journal()
+
+    def close(self) -> None:
+        """Let go of all guests; they run on."""
+        self._closing.set()
+        self._workers.shutdown(wait=True)
+        with self._lock:
+            guests = list(self._by_name.values())
+            self._by_name.clear()
+        loop = self._node.loop.loop
+        for guest in guests:
+            loop.call_soon_threadsafe(loop.remove_reader, guest.process.pidfd)
+            if guest.monitor:
+                guest.monitor.close()
+
+    def observe(self, guest: Guest) -> None:
+        """Record the guest's state as QEMU tells it now, ``unknown`` when it keeps silent."""
+        # One observation at a time: an older answer must not be written after a newer one.
+        with guest.observing:
+            state = InstanceState.UNKNOWN
+            with contextlib.suppress(OperationError):
+                state = RUN_STATES.get(guest.talk().status(), InstanceState.PAUSED)
+            with self._node.database.transaction() as session:
+                row = session.get(Instance, guest.name, with_for_update=True)
+                if row and row.runtime and row.runtime.uuid == guest.uuid and row.state in SETTLED:
+                    row.state = state
+
+    def _process_ended(self, guest: Guest) -> None:
+        self._node.loop.loop.remove_reader(guest.process.pidfd)
+        self._workers.submit(self._handle_end, guest)
+
+    def _handle_end(self, guest: Guest) -> None:
+        guest.ending = self._judge(guest)
+        log.info("guest ended", instance=guest.name, state=guest.ending.state, reason=guest.ending.reason)
+        while not self._closing.is_set():
+            try:
+                release(self._node, guest.name, guest.uuid, guest.ending)
+                break
+            except (SQLAlchemyError, OSError):
+                log.exception("the guest's end could not be recorded; trying again", instance=guest.name)
+                self._closing.wait(RETRY_S)
+        with self._lock:
+            if self._by_name.get(guest.name) is guest:
+                del self._by_name[guest.name]
+        guest.ended.set()
+
+    def _judge(self, guest: Guest) -> Ending:
+        if guest.monitor:
+            guest.monitor.wait_closed(LAST_WORDS_S)
+        event = guest.shutdown or guest.folder.last_event("SHUTDOWN")
+        return judge(
+            event["data"] if event else None,
+            guest.process.exit_status(),
+            killed_by_us=guest.killed_by_us,
+            log_tail=guest.folder.log_tail(),
+        )
+
+
+SETTLED = frozenset({InstanceState.RUNNING, InstanceState.PAUSED, InstanceState.UNKNOWN})
+"""States that an observation may change; the others belong to the operation that set them."""
+
+
+def identity_of(row: Runtime) -> ProcessIdentity | None:
+    """The process a runtime means, looked for by uuid where the worker died before it wrote the pid down."""
+    if row.pid is None or row.start_ticks is None:
+        return find_by_uuid(row.uuid)
+    identity = ProcessIdentity(row.pid, row.start_ticks, row.boot_id)
+    return identity if identity.is_alive() else None
+
+
+def release(node: NodeContext, name: str, uuid: str, ending: Ending) -> list[str]:
+    """Give back all that a QEMU which has ended had of the host, and record why it ended. Safe to repeat.
+
+    The rows go last, so that a worker killed in between leaves a runtime for the next one to release.
+    Returns what was removed, for people to read.
+    """
+    with node.database.reading() as session:
+        row = session.scalar(select(Runtime).where(Runtime.instance_name == name, Runtime.uuid == uuid))
+        if row is None:
+            return []
+        spec, taps, folder = row.instance.spec, row.taps, GuestFolder(Path(row.run_dir))
+    removed = [_disconnect(node, name, spec["tags"], tap) for tap in taps]
+    if folder.remove():
+        removed.append(f"folder {folder.path}")
+    with node.database.transaction() as session:
+        instance = session.get(Instance, name, with_for_update=True, populate_existing=True)
+        if instance and instance.runtime and instance.runtime.uuid == uuid:
+            instance.runtime = None
+            instance.state, instance.reason, instance.ended_at = ending.state, ending.reason, utc_now()
+            removed.append(f"runtime {uuid}")
+    return removed
+
+
+def _disconnect(node: NodeContext, name: str, tags: list[str], tap: dict[str, str | int]) -> str:
+    nic = Nic.model_validate({key: tap[key] for key in ("mac", "mode", "link", "ip")})
+    tap_name = str(tap["name"])
+    try:
+        scripts.run(node.ifdown, tap_name, scripts.environment(name, tags, int(tap["index"]), nic, tap_name))
+    except NetworkFailed as exc:
+        log.warning("ifdown failed; the tap is gone all the same", instance=name, reason=str(exc))
+    return f"tap {tap_name}"

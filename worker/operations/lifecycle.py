@@ -1,0 +1,193 @@
+"""Stopping, rebooting, pausing, resuming and cleaning up guests."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from hostler.contract import InstanceState
+from hostler.payloads import Instance, InstanceView, RebootArguments, StopArguments
+from models import Instance as InstanceRow
+from worker.errors import AlreadyRunning, NotRunning, OperationError, TimedOut, UnknownInstance
+from worker.operations.context import JobContext, NodeContext
+from worker.operations.ending import Ending
+from worker.operations.guests import Guest, Guests, identity_of, release
+from worker.operations.start import build, choose_accelerator, finish_interrupted
+from worker.operations.views import instance_view
+
+PRESS_EVERY_S = 10.0
+"""A guest that is still booting does not see the power button; it is pressed again at this interval."""
+
+KILL_DEADLINE_S = 40.0
+"""SIGTERM, SIGKILL and the clean-up together; see QemuProcess.kill."""
+
+
+def stop(node: NodeContext, guests: Guests, job: JobContext, arguments: StopArguments) -> InstanceView:
+    """Stop a guest: by its power button, or by force. The view's ``how`` says which it was.
+
+    A paused guest is resumed first when it is asked to shut down: a guest that does not run cannot. Raises
+    UnknownInstance, and TimedOut under ``on_timeout="fail"`` (the guest then runs on).
+    """
+    view = view_of(node, arguments.name)
+    guest = guests.get(arguments.name)
+    if guest is None:
+        return _already_stopped(view)
+    by_acpi = not arguments.force and _saved(node, arguments.name).hvparams.acpi
+    if by_acpi and _ask_to_shut_down(node, job, guest, arguments.timeout_s):
+        return _view(node, arguments.name, guest.ending.how if guest.ending else "guest_shutdown")
+    if by_acpi and arguments.on_timeout == "fail":
+        _set_state(node, guest, InstanceState.RUNNING)
+        raise TimedOut(
+            f"{guest.name} did not shut down within {arguments.timeout_s:g} s; it still runs. "
+            "Ask again, or stop it with force",
+            state=InstanceState.RUNNING,
+        )
+    _kill(node, job, guest)
+    return _view(node, arguments.name, guest.ending.how if guest.ending else "killed")
+
+
+def reboot(node: NodeContext, guests: Guests, job: JobContext, arguments: RebootArguments) -> InstanceView:
+    """Reboot a guest with the hardware it was started with.
+
+    ``soft`` raises TimedOut when the guest does not shut down (it runs on); ``reset`` keeps the process. Raises
+    NotRunning, UnknownInstance, and what a start can raise: then the guest is stopped.
+    """
+    view = view_of(node, arguments.name)
+    earlier = {*job.earlier_phases()}
+    if "rebuild" in earlier and (done := finish_interrupted(node, arguments.name, job)):
+        return done
+    guest = guests.get(arguments.name)
+    if guest is None and not earlier & {"shutdown", "kill", "rebuild"}:
+        raise NotRunning(f"Failed to reboot instance {arguments.name}: not running", state=view["state"])
+    if guest and arguments.mode == "reset":
+        job.phase("reset", 50, "pulling the reset line")
+        guest.talk().reset()
+        return view
+    if guest:
+        _end_for_reboot(node, job, guest, arguments)
+    job.phase("rebuild", 55, "starting the saved virtual hardware")
+    instance = _saved(node, arguments.name)
+    return build(node, guests, job, instance, accelerator=choose_accelerator(node, instance), paused=False)
+
+
+def pause(node: NodeContext, guests: Guests, job: JobContext, name: str) -> InstanceView:
+    """Stop a guest's processors; pausing a paused guest changes nothing. Raises NotRunning, QmpLost."""
+    view_of(node, name)
+    guest = guests.need(name)
+    job.phase("pause", 50, "stopping the guest's processors")
+    guest.talk().pause_vcpus()
+    guests.observe(guest)
+    return view_of(node, name)
+
+
+def resume(node: NodeContext, guests: Guests, job: JobContext, name: str) -> InstanceView:
+    """Let a paused guest run on; resuming a running one changes nothing. Raises NotRunning, QmpLost."""
+    view_of(node, name)
+    guest = guests.need(name)
+    job.phase("resume", 50, "starting the guest's processors")
+    guest.talk().continue_vcpus()
+    guests.observe(guest)
+    return view_of(node, name)
+
+
+def cleanup(node: NodeContext, guests: Guests, job: JobContext, name: str) -> dict[str, Any]:
+    """Give back whatever is left of a guest that does not run, and call it stopped.
+
+    Raises AlreadyRunning for a live guest, UnknownInstance. The instance stays known, with its reason of ending.
+    """
+    view_of(node, name)
+    with node.database.reading() as session:
+        row = session.get_one(InstanceRow, name)
+        runtime = row.runtime
+        reason = row.reason or "cleaned up"
+        alive = runtime is not None and identity_of(runtime) is not None
+        uuid = runtime.uuid if runtime else ""
+    if alive or guests.get(name):
+        raise AlreadyRunning(f"Cannot cleanup a live instance: {name} runs; stop it first", state=row.state)
+    job.phase("cleanup", 50, "removing what is left of the guest")
+    removed = release(node, name, uuid, Ending(InstanceState.STOPPED, reason, "already_stopped"))
+    with node.database.transaction() as session:
+        session.get_one(InstanceRow, name, with_for_update=True).state = InstanceState.STOPPED
+    return {"name": name, "node": node.name, "removed": removed, "released": [], "quarantined": []}
+
+
+def view_of(node: NodeContext, name: str) -> InstanceView:
+    """The instance as this node knows it. Raises UnknownInstance, also for one that another node has."""
+    with node.database.reading() as session:
+        row = session.get(InstanceRow, name)
+        if row is None or row.node != node.name:
+            raise UnknownInstance(name, node.name)
+        return instance_view(row)
+
+
+def _view(node: NodeContext, name: str, how: str) -> InstanceView:
+    view = view_of(node, name)
+    view["how"] = how
+    return view
+
+
+def _already_stopped(view: InstanceView) -> InstanceView:
+    if view["pid"] is not None:
+        raise OperationError(
+            f"{view['name']} has a runtime on record but this worker does not watch it; run "
+            f"`hostler cleanup {view['name']}`, which removes what is left if its QEMU has ended",
+            state=view["state"],
+        )
+    view["how"] = "already_stopped"
+    return view
+
+
+def _saved(node: NodeContext, name: str) -> Instance:
+    with node.database.reading() as session:
+        return Instance.model_validate(session.get_one(InstanceRow, name).spec)
+
+
+def _ask_to_shut_down(node: NodeContext, job: JobContext, guest: Guest, timeout_s: float) -> bool:
+    job.phase("shutdown", 10, f"pressing the power button and waiting up to {timeout_s:g} s")
+    _set_state(node, guest, InstanceState.STOPPING)
+    monitor = guest.talk()
+    if monitor.status() != "running":
+        monitor.continue_vcpus()
+    deadline = time.monotonic() + timeout_s
+    while (left_s := deadline - time.monotonic()) > 0:
+        if not guest.ended.is_set():
+            _press(guest)
+        if guest.ended.wait(min(PRESS_EVERY_S, left_s)):
+            return True
+    return False
+
+
+def _press(guest: Guest) -> None:
+    try:
+        guest.talk().press_power_button()
+    except OperationError:
+        if not guest.process.wait(1.0):
+            raise
+
+
+def _kill(node: NodeContext, job: JobContext, guest: Guest) -> None:
+    job.phase("kill", 60, "ending QEMU")
+    _set_state(node, guest, InstanceState.STOPPING)
+    guest.killed_by_us = True
+    guest.process.kill()
+    if not guest.ended.wait(KILL_DEADLINE_S):
+        raise TimedOut(f"QEMU of {guest.name} has ended, but cleaning up after it takes too long; it goes on")
+
+
+def _end_for_reboot(node: NodeContext, job: JobContext, guest: Guest, arguments: RebootArguments) -> None:
+    if arguments.mode == "hard":
+        _kill(node, job, guest)
+    elif not _ask_to_shut_down(node, job, guest, arguments.timeout_s):
+        _set_state(node, guest, InstanceState.RUNNING)
+        raise TimedOut(
+            f"{guest.name} did not shut down within {arguments.timeout_s:g} s; it still runs. "
+            "Ask again, or reboot it with mode=hard",
+            state=InstanceState.RUNNING,
+        )
+
+
+def _set_state(node: NodeContext, guest: Guest, state: InstanceState) -> None:
+    with node.database.transaction() as session:
+        row = session.get_one(InstanceRow, guest.name, with_for_update=True, populate_existing=True)
+        if row.runtime and row.runtime.uuid == guest.uuid:
+            row.state = state

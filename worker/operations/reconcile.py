@@ -1,0 +1,75 @@
+"""What a new worker does before its first job: look at what its dead predecessor left, and adopt what runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+from sqlalchemy import select
+
+from hostler.contract import InstanceState
+from models import Instance, Job, Runtime
+from worker.kvm.folder import GuestFolder
+from worker.kvm.process import boot_id
+from worker.operations.context import NodeContext
+from worker.operations.ending import Ending, judge
+from worker.operations.guests import Guests, identity_of, release
+
+log = structlog.get_logger(__name__)
+
+PASSING = (InstanceState.STARTING, InstanceState.STOPPING)
+
+
+def adopt_guests(node: NodeContext, guests: Guests) -> None:
+    """Adopt every guest of this node that runs, and record the end of those that ended while no worker watched.
+
+    A start that was under way is left alone here when its job is still open: that job decides.
+    """
+    with node.database.reading() as session:
+        rows = session.scalars(select(Runtime).where(Runtime.node == node.name)).all()
+        states = {row.instance_name: row.instance.state for row in rows}
+        open_jobs = {
+            *session.scalars(select(Job.instance_name).where(Job.node == node.name, Job.finished_at.is_(None)))
+        }
+    for row in rows:
+        if row.instance_name in open_jobs:
+            if states[row.instance_name] == InstanceState.STARTING:
+                continue
+        else:
+            _forget_passing_state(node, row.instance_name)
+        if guests.adopt(row):
+            log.info("adopted a running guest", instance=row.instance_name, pid=row.pid)
+        elif identity_of(row) is None:
+            ending = _how_it_ended(row)
+            log.info("a guest ended while no worker ran", instance=row.instance_name, reason=ending.reason)
+            release(node, row.instance_name, row.uuid, ending)
+    _settle_starting(node)
+
+
+def _how_it_ended(row: Runtime) -> Ending:
+    folder = GuestFolder(Path(row.run_dir))
+    event = folder.last_event("SHUTDOWN")
+    if event is None and row.boot_id != boot_id():
+        return Ending(InstanceState.CRASHED, "the host was rebooted or lost power", "killed")
+    return judge(event["data"] if event else None, None, killed_by_us=False, log_tail=folder.log_tail())
+
+
+def _forget_passing_state(node: NodeContext, name: str) -> None:
+    # No job is at work on it any more: what it is has to be seen anew.
+    with node.database.transaction() as session:
+        row = session.get_one(Instance, name, with_for_update=True)
+        if row.state in PASSING:
+            row.state = InstanceState.UNKNOWN
+
+
+def _settle_starting(node: NodeContext) -> None:
+    """Instances left in a passing state without a runtime and without a job: nothing runs, so they are stopped."""
+    with node.database.transaction() as session:
+        for row in session.scalars(
+            select(Instance).where(
+                Instance.node == node.name,
+                Instance.state.in_(PASSING),
+            )
+        ):
+            if row.runtime is None:
+                row.state = InstanceState.STOPPED

@@ -1,0 +1,62 @@
+"""The worker's life as Celery's signals: checked and registered before it consumes, let go of when it ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import structlog
+from celery import signals
+from celery.utils.nodenames import default_nodename
+from sqlalchemy.exc import SQLAlchemyError
+
+from hostler import settings
+from hostler.contract import worker_name
+from hostler.errors import ServiceUnreachable
+from migrations.errors import SchemaOutdated
+from tasks.boundary import use_reporter, wake
+from tasks.reporting import Reporter
+from worker import logs
+from worker.errors import OperationError
+from worker.operations.service import Service, current, set_current
+
+log = structlog.get_logger(__name__)
+
+
+@signals.setup_logging.connect
+def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
+    logs.configure(settings.load().log_format, loglevel or "INFO")
+
+
+@signals.celeryd_init.connect
+def _open(instance: Any, **_: Any) -> None:
+    """Become the node's worker, or end with a clear message: Celery would go on after a mere exception."""
+    try:
+        chosen = settings.load()
+        if instance.hostname == default_nodename(None):
+            instance.hostname = worker_name(chosen.node)
+        logs.configure(chosen.log_format, "INFO")
+        set_current(Service.open(chosen))
+    except (OperationError, SchemaOutdated, ServiceUnreachable, settings.SettingsError) as exc:
+        sys.exit(f"hostler worker: {exc}")
+    except SQLAlchemyError as exc:
+        sys.exit(f"hostler worker: the database cannot be used: {getattr(exc, 'orig', None) or exc}")
+
+
+@signals.worker_ready.connect
+def _ready(sender: Any, **_: Any) -> None:
+    service, app = current(), sender.app
+    use_reporter(Reporter(app, sender.hostname))
+    for wakeup in service.left_behind:
+        log.info("continuing a job of the worker before", job=wakeup.job_id, task=wakeup.task)
+        wake(app, wakeup)
+    service.start_heart(lambda wakeup: wake(app, wakeup))
+    log.info("worker is ready", node=service.node.name, queue=f"node.{service.node.name}")
+
+
+@signals.worker_shutdown.connect
+def _close(**_: Any) -> None:
+    use_reporter(None)
+    current().close()
+    set_current(None)
+    log.info("worker ended; every guest runs on")
