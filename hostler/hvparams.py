@@ -18,6 +18,8 @@ NicType = Literal["paravirtual", "e1000", "rtl8139", "ne2k_pci", "i82551", "i825
 def _one_line(value: str) -> str:
     if any(ord(char) < 0x20 or ord(char) == 0x7F for char in value):
         raise ValueError("must not contain line breaks or other control characters")
+    if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
+        raise ValueError("must be text that UTF-8 can carry (it has a lone surrogate)")
     return value
 
 

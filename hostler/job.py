@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import inf
 from typing import Any
-from urllib.parse import urlsplit
 
 from celery import Celery
 from celery.backends.redis import RedisBackend
@@ -244,5 +243,7 @@ def _complaint(what: str, exc: Exception) -> str:
 
 def safe_url(url: str) -> str:
     """``url`` without what must not be shown: user, password and query."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    scheme, _, rest = url.partition("://")
+    place, _, query = rest.partition("?")
+    # Where a password was not quoted as it must be, a part of it may stand anywhere.
+    return f"{scheme}://{'...' if '@' in query else place.rpartition('@')[2]}"

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import DBAPIError
 
 from hostler import settings
 from migrations import schema
 from migrations.errors import SchemaError, SchemaOutdated, UnknownRevision, shown
-from models import Database
-
-URL_EXAMPLE = "postgresql+psycopg://user:password@host/database"
+from models import Database, DatabaseUnusable
 
 
 class Refused(click.ClickException):
@@ -142,15 +140,8 @@ def _open() -> Database:
         return Database(settings.load().effective_database_url)
     except settings.SettingsError as exc:
         raise Misuse(str(exc)) from None
-    except ModuleNotFoundError as exc:
-        raise Misuse(
-            f"HOSTLER_DATABASE_URL asks for the driver {exc.name}, which is not installed; MariaDB's comes with"
-            " hostler[mariadb], written mysql+pymysql://user:password@host/database"
-        ) from None
-    except (ArgumentError, ValueError):  # their texts may quote a password
-        raise Misuse(f"HOSTLER_DATABASE_URL is not a URL SQLAlchemy knows, such as {URL_EXAMPLE}") from None
-    except OSError as exc:
-        raise Unreachable(f"cannot make the database's folder: {exc}") from None
+    except DatabaseUnusable as exc:
+        raise Misuse(str(exc)) from None
 
 
 def _reach(database: Database) -> None:

@@ -4,12 +4,13 @@ from models.base import Base, utc_now
 from models.instance import DiskLease, Instance, Runtime
 from models.job import InstanceLock, Job
 from models.node import Incarnation, Node
-from models.session import Database
+from models.session import Database, DatabaseUnusable
 from models.uid_pool import UidLease, UidRange
 
 __all__ = [
     "Base",
     "Database",
+    "DatabaseUnusable",
     "DiskLease",
     "Incarnation",
     "Instance",

@@ -9,19 +9,41 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
+
+URL_EXAMPLE = "postgresql+psycopg://hostler:password@host/hostler"
 
 SQLITE_BUSY_TIMEOUT_S = 30
 """How long a writer waits for another one's transaction; ours last milliseconds."""
 
 
+class DatabaseUnusable(Exception):
+    """HOSTLER_DATABASE_URL cannot be used as it is. The text says why, and holds no password. Nothing was opened."""
+
+
 class Database:
-    """A database and the two ways to use it: ``transaction()`` to change, ``reading()`` to look."""
+    """A database and the two ways to use it: ``transaction()`` to change, ``reading()`` to look.
+
+    Making one connects to nothing yet, but makes the folder of an SQLite file. Raises DatabaseUnusable.
+    """
 
     def __init__(self, url: str | URL) -> None:
-        self.url = make_url(url)
-        self.engine = _create_engine(self.url)
+        try:
+            self.url = make_url(url)
+            self.engine = _create_engine(self.url)
+        except ModuleNotFoundError as exc:
+            raise DatabaseUnusable(
+                f"HOSTLER_DATABASE_URL asks for the driver {exc.name}, which is not installed; MariaDB's comes with"
+                " hostler[mariadb], written mysql+pymysql://user:password@host/database"
+            ) from None
+        except (ArgumentError, ValueError):  # their texts may quote a password
+            raise DatabaseUnusable(
+                f"HOSTLER_DATABASE_URL is not a URL SQLAlchemy knows, such as {URL_EXAMPLE}"
+            ) from None
+        except OSError as exc:
+            raise DatabaseUnusable(f"cannot make the database's folder: {exc}") from None
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
 
     @property

@@ -22,6 +22,8 @@ from worker.operations.service import Service, current
 log = structlog.get_logger(__name__)
 
 LEDGER_RETRY_S = 1.0
+REFUSED_MAX = 4000
+"""How much of arguments that were refused is kept, as text, for whoever looks into it."""
 
 P = TypeVar("P", bound=Payload)
 Operation = Callable[[Service, JobContext, P], Any]
@@ -44,7 +46,16 @@ def operation(name: TaskName) -> Callable[[Operation[P]], Task]:
 def receipt_of(job_id: str, task: str, arguments: dict[str, Any]) -> Receipt:
     """What the ledger records of a message; only jobs that change an instance hold it."""
     instance = instance_of(arguments) if task in EXCLUSIVE_TASKS else None
-    return Receipt(job_id, task, arguments, instance)
+    return Receipt(job_id, task, _storable(task, arguments), instance)
+
+
+def _storable(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    # JSON can say what a database cannot keep (NUL, lone surrogates, NaN); arguments that pass our checks never do.
+    try:
+        parse(ARGUMENTS[TaskName(task)], arguments)
+    except (InvalidArgument, ValueError):
+        return {"refused": ascii(arguments)[:REFUSED_MAX]}
+    return arguments
 
 
 def use_reporter(reporter: Reporter | None) -> None:

@@ -27,7 +27,7 @@ _NOT_NEEDED = {"without_mingle": True, "without_gossip": True}
 DATABASE_RETRY_S = 1.0
 
 
-class NodeConsumer(Consumer):  # type: ignore[misc]
+class NodeConsumer(Consumer):
     """Consumes the node's queue: each message goes through the ledger, which runs, parks or drops it."""
 
     def __init__(

@@ -13,7 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from hostler import settings
 from hostler.contract import worker_name
 from hostler.errors import ServiceUnreachable
-from migrations.errors import SchemaOutdated
+from migrations.errors import SchemaError
+from models import DatabaseUnusable
 from tasks.boundary import use_reporter, wake
 from tasks.reporting import Reporter
 from worker import logs
@@ -37,7 +38,7 @@ def _open(instance: Any, **_: Any) -> None:
             instance.hostname = worker_name(chosen.node)
         logs.configure(chosen.log_format, "INFO")
         set_current(Service.open(chosen))
-    except (OperationError, SchemaOutdated, ServiceUnreachable, settings.SettingsError) as exc:
+    except (OperationError, SchemaError, DatabaseUnusable, ServiceUnreachable, settings.SettingsError) as exc:
         sys.exit(f"hostler worker: {exc}")
     except SQLAlchemyError as exc:
         sys.exit(f"hostler worker: the database cannot be used: {getattr(exc, 'orig', None) or exc}")

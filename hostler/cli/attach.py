@@ -49,11 +49,13 @@ def console_command(
 
 def _attached(found: dict[str, Any], name: str, until_eof: bool) -> bool:
     path = Path(str(found.get("path") or ""))
-    if found.get("kind") != "serial" or not path.is_socket():
+    if found.get("kind") != "serial":
         return False
     from hostler.console import attach
 
     try:
+        if not path.is_socket():
+            return False
         ending = attach(path, name, until_eof=until_eof)
     except OSError as exc:
         raise click.ClickException(f"cannot attach to {path}: {exc.strerror}; try it as root on the node") from exc

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import click
 
@@ -36,7 +35,10 @@ def start_command(as_json: bool) -> None:
     from hostler import embedded
     from hostler.settings import load
 
-    embedded.ensure(load())
+    settings = load()
+    embedded.ensure(settings)
+    if not settings.needs_embedded_server:
+        output.note("It is not needed: HOSTLER_BROKER_URL and HOSTLER_RESULT_BACKEND name servers.")
     _show_status(as_json)
 
 
@@ -58,10 +60,7 @@ def _show_status(as_json: bool) -> None:
     from hostler import embedded
     from hostler.settings import load
 
-    status: dict[str, Any] = {
-        key: value if isinstance(value, (bool, int, float, type(None))) else str(value)
-        for key, value in asdict(embedded.status(load())).items()
-    }
+    status = asdict(embedded.status(load()))
     if as_json:
         output.print_json(status)
     else:

@@ -3,6 +3,9 @@
 A message is a wake-up, the row is the job. Receipt and claim are one transaction, made before the message is
 acknowledged. Of the jobs that change one instance, one at a time holds the instance's lock; the others wait in the
 ledger, in the order they were sent, and cost no thread. Whoever gives the lock up hands it to the next.
+
+Rows are locked in one order, so that no two transactions wait for each other: the instance's lock, then jobs. A job is
+inserted under the lock, which makes its sequence number its place among the jobs of its instance.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from models import Database, InstanceLock, Job, utc_now
 
 ATTEMPTS_MAX = 3
 """A job whose worker died this often is not tried again: it may be what kills the worker."""
+
+INSERTS_MAX = 10
+"""How often a delivery looks again that met another worker's insert; once is rare."""
 
 _JOB_ID = re.compile(r"[\x21-\x7e]{1,255}")
 CLAIMED = (JobState.STARTED, JobState.PROGRESS)
@@ -82,15 +88,23 @@ class Ledger:
 
         Called before the message is acknowledged; an exception (no database) leaves the message unacknowledged.
         """
-        with self._database.transaction() as session:
-            job = _locked_job(session, receipt.job_id)
-            if job is None:
-                job = self._insert(session, receipt)
-            elif job.node != self._node or job.claimed_by or job.state in FINAL_JOB_STATES:
-                return Decision(Verdict.DROP)
-            if holder := self._lock_instance(session, job):
-                return self._park(session, job, holder)
-            return self._claim(job)
+        for _ in range(INSERTS_MAX):
+            try:
+                with self._database.transaction() as session:
+                    return self._decide(session, receipt)
+            except IntegrityError as exc:
+                # Another worker inserted the same id, or took the instance, in this very moment: look again.
+                conflict = exc
+        raise conflict
+
+    def _decide(self, session: Session, receipt: Receipt) -> Decision:
+        known = session.execute(select(Job.instance_name).where(Job.id == receipt.job_id)).first()
+        holder = self._lock_instance(session, known.instance_name if known else receipt.instance_name, receipt.job_id)
+        job = _owned_job(session, receipt.job_id) if known else self._insert(session, receipt)
+        if job.node != self._node or job.claimed_by or job.state in FINAL_JOB_STATES:
+            session.rollback()  # the lock too, where nobody had it
+            return Decision(Verdict.DROP)
+        return self._park(session, job, holder) if holder else self._claim(job)
 
     def _insert(self, session: Session, receipt: Receipt) -> Job:
         job = Job(
@@ -105,20 +119,16 @@ class Ledger:
         session.flush()
         return job
 
-    def _lock_instance(self, session: Session, job: Job) -> str | None:
-        """Take the instance for ``job``; the id of the job that holds it where that is another one."""
-        if job.instance_name is None:
+    def _lock_instance(self, session: Session, instance_name: str | None, job_id: str) -> str | None:
+        """Take the instance for a job; the id of the job that holds it where that is another one."""
+        if instance_name is None:
             return None
-        while True:
-            lock = session.get(InstanceLock, job.instance_name, with_for_update=True, populate_existing=True)
-            if lock:
-                return lock.job_id if lock.job_id != job.id else None
-            try:
-                with session.begin_nested():
-                    session.add(InstanceLock(instance_name=job.instance_name, job_id=job.id, node=self._node))
-            except IntegrityError:
-                continue  # another node's worker took it in this very moment: look again, and wait for its commit
+        lock = _locked_lock(session, instance_name)
+        if lock is None:
+            session.add(InstanceLock(instance_name=instance_name, job_id=job_id, node=self._node))
+            session.flush()
             return None
+        return lock.job_id if lock.job_id != job_id else None
 
     @staticmethod
     def _park(session: Session, job: Job, holder: str) -> Decision:
@@ -173,24 +183,21 @@ class Ledger:
         self, job_id: str, state: JobState, *, result: Any = None, error: dict[str, Any] | None = None
     ) -> Wakeup | None:
         with self._database.transaction() as session:
+            instance_name = session.scalar(select(Job.instance_name).where(Job.id == job_id))
+            lock = _locked_lock(session, instance_name) if instance_name else None
             job = _owned_job(session, job_id)
             job.state = state
             job.result, job.error = result, error
             job.finished_at = utc_now()
             if state == JobState.SUCCESS:
                 job.percent = 100
-            return self._hand_on(session, job)
+            return self._hand_on(session, lock) if lock and lock.job_id == job_id else None
 
     @staticmethod
-    def _hand_on(session: Session, job: Job) -> Wakeup | None:
-        if job.instance_name is None:
-            return None
-        lock = session.get(InstanceLock, job.instance_name, with_for_update=True)
-        if lock is None or lock.job_id != job.id:
-            return None
+    def _hand_on(session: Session, lock: InstanceLock) -> Wakeup | None:
         following = session.scalar(
             select(Job)
-            .where(Job.instance_name == job.instance_name, Job.state == JobState.WAITING)
+            .where(Job.instance_name == lock.instance_name, Job.state == JobState.WAITING)
             .order_by(Job.sequence)
             .limit(1)
             .with_for_update()
@@ -229,12 +236,12 @@ class Ledger:
             return [Wakeup(job.id, job.task, job.arguments, job.node) for job in session.scalars(query)]
 
 
-def _locked_job(session: Session, job_id: str) -> Job | None:
-    return session.scalar(select(Job).where(Job.id == job_id).with_for_update())
+def _locked_lock(session: Session, instance_name: str) -> InstanceLock | None:
+    return session.get(InstanceLock, instance_name, with_for_update=True, populate_existing=True)
 
 
 def _owned_job(session: Session, job_id: str) -> Job:
-    job = _locked_job(session, job_id)
+    job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
     if job is None:
         raise LookupError(f"job {job_id} is not in the ledger")
     return job

@@ -145,9 +145,6 @@ def _saved(node: NodeContext, name: str) -> Instance:
 def _ask_to_shut_down(node: NodeContext, job: JobContext, guest: Guest, timeout_s: float) -> bool:
     job.phase("shutdown", 10, f"pressing the power button and waiting up to {timeout_s:g} s")
     _set_state(node, guest, InstanceState.STOPPING)
-    monitor = guest.talk()
-    if monitor.status() != "running":
-        monitor.continue_vcpus()
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         if not guest.ended.is_set():
@@ -159,7 +156,10 @@ def _ask_to_shut_down(node: NodeContext, job: JobContext, guest: Guest, timeout_
 
 def _press(guest: Guest) -> None:
     try:
-        guest.talk().press_power_button()
+        monitor = guest.talk()
+        if monitor.status() != "running":
+            monitor.continue_vcpus()
+        monitor.press_power_button()
     except OperationError:
         if not guest.process.wait(1.0):
             raise

@@ -34,6 +34,8 @@ def info(node: NodeContext, guests: Guests, name: str) -> InstanceView:
             word = guest.talk().execute("query-status", timeout_s=INFO_TIMEOUT_S)["status"]
             view["state"] = RUN_STATES.get(word, InstanceState.PAUSED)
         except OperationError as exc:
+            if guest.process.wait(0) and guest.ended.wait(INFO_TIMEOUT_S):
+                return view_of(node, name)
             view["state"], view["reason"] = InstanceState.UNKNOWN, exc.message
     return view
 
