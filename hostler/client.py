@@ -172,7 +172,7 @@ def _request(task: TaskName, node: str, job_id: str | None, **arguments: Any) ->
 
 def _is_default(field: Any, value: object) -> bool:
     default = field.get_default(call_default_factory=True)
-    return type(value) is type(default) and value == default
+    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
 
 
 def _check_address(node: str, job_id: str | None) -> None:

@@ -75,19 +75,19 @@ class Payload(BaseModel):
 class Disk(Payload):
     """A disk image or block device of the host, seen by the guest in the order of the list."""
 
-    path: AbsolutePath
-    mode: Literal["rw", "ro"] = "rw"
+    path: AbsolutePath = Field(description="File or block device, absolute; commas and equals signs are fine.")
+    mode: Literal["rw", "ro"] = Field("rw", description="Read-only disks are not possible with disk_type ide.")
     shared: bool = Field(False, description="Other instances may open it too; every one of them has to say so.")
-    format: Literal["raw", "qcow2"] = "raw"
+    format: Literal["raw", "qcow2"] = Field("raw", description="Said, never guessed from the content.")
 
 
 class Nic(Payload):
     """A network card. ``bridged`` and ``routed`` get a tap and the node's ifup script; ``user`` needs no rights."""
 
-    mac: Annotated[str, AfterValidator(_mac)]
-    mode: Literal["bridged", "routed", "user"] = "bridged"
+    mac: Annotated[str, AfterValidator(_mac)] = Field(description="Unicast, as 52:54:00:12:34:56.")
+    mode: Literal["bridged", "routed", "user"] = Field("bridged", description="How the card reaches the world.")
     link: Annotated[str, AfterValidator(_link)] = Field("", description="The bridge, or the routing table.")
-    ip: Annotated[str, AfterValidator(_ip)] = ""
+    ip: Annotated[str, AfterValidator(_ip)] = Field("", description="Told to ifup; routed cards get a route to it.")
 
     @model_validator(mode="after")
     def _bridged_needs_a_link(self) -> Nic:
@@ -99,14 +99,18 @@ class Nic(Payload):
 class Instance(Payload):
     """A guest as the master wants it."""
 
-    name: InstanceName
-    memory_mib: int = Field(ge=1, le=MEMORY_MAX_MIB)
-    vcpus: int = Field(1, ge=1, le=VCPUS_MAX)
-    disks: list[Disk] = Field(default_factory=list, max_length=24)
-    nics: list[Nic] = Field(default_factory=list, max_length=8)
-    tags: Annotated[list[str], AfterValidator(_tags)] = Field(default_factory=list)
+    name: InstanceName = Field(description="One name on all nodes that share the database; at most 255 characters.")
+    memory_mib: int = Field(ge=1, le=MEMORY_MAX_MIB, description="Memory in MiB; at most what the host has.")
+    vcpus: int = Field(1, ge=1, le=VCPUS_MAX, description="Virtual processors; at most what the machine type has.")
+    disks: list[Disk] = Field(default_factory=list, max_length=24, description="In the guest's order.")
+    nics: list[Nic] = Field(default_factory=list, max_length=8, description="In the guest's order.")
+    tags: Annotated[list[str], AfterValidator(_tags)] = Field(
+        default_factory=list, description="Told to the network scripts."
+    )
     network_port: int | None = Field(None, ge=1, le=65535, description="Port of a VNC display; kept for the master.")
-    hvparams: HvParams = Field(default_factory=lambda: HvParams.model_validate({}))
+    hvparams: HvParams = Field(
+        default_factory=lambda: HvParams.model_validate({}), description="The virtual hardware, see below."
+    )
 
     @model_validator(mode="after")
     def _each_disk_and_mac_once(self) -> Instance:
@@ -158,10 +162,14 @@ class RebootArguments(NameArguments):
 
 
 class JobListArguments(Payload):
-    """``job.list``: the node's latest jobs, newest first, optionally of one instance or one state."""
+    """``job.list``: the node's latest jobs, newest first, optionally of one instance or one state.
+
+    Jobs that only look (lists, infos, checks) are left out unless ``queries`` is set.
+    """
 
     instance: InstanceName | None = None
     states: list[str] = Field(default_factory=list)
+    queries: bool = False
     limit: int = Field(50, ge=1, le=1000)
 
 

@@ -18,8 +18,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from hostler.contract import NODE_PATTERN
 
 PREFIX = "HOSTLER_"
-DIR_MAX = 60
-"""Unix socket paths end at 107 bytes (sun_path in unix(7)); below a folder of 60 every socket of ours still fits."""
+DIR_MAX = 55
+"""Unix socket paths end at 107 bytes (sun_path in unix(7)); a guest's longest is /guests/<uuid>/monitor, 52."""
 
 
 class SettingsError(Exception):
@@ -52,8 +52,8 @@ def _node(value: str) -> str:
 def _short_absolute_dir(value: Path) -> Path:
     if not value.is_absolute():
         raise ValueError(f"{str(value)!r} is not an absolute path")
-    if len(str(value)) > DIR_MAX:
-        raise ValueError(f"{str(value)!r} is longer than {DIR_MAX} characters, too long for the unix sockets below it")
+    if len(os.fsencode(value)) > DIR_MAX:
+        raise ValueError(f"{str(value)!r} is longer than {DIR_MAX} bytes, too long for the unix sockets below it")
     return value
 
 

@@ -27,6 +27,9 @@ REFUSED_MAX = 4000
 
 P = TypeVar("P", bound=Payload)
 Operation = Callable[[Service, JobContext, P], Any]
+OPERATIONS: dict[TaskName, Callable[..., Any]] = {}
+"""Every task with the function that carries it out, for the documentation."""
+
 _reporters: list[Reporter] = []
 
 
@@ -34,6 +37,8 @@ def operation(name: TaskName) -> Callable[[Operation[P]], Task]:
     """Make an operation the Celery task ``name``. Its arguments are those of ``hostler.payloads.ARGUMENTS``."""
 
     def decorate(function: Operation[P]) -> Task:
+        OPERATIONS[name] = function
+
         @shared_task(name=str(name), bind=True, typing=False, throws=(OperationFailed,))
         def task(self: Task, *args: Any, **kwargs: Any) -> Any:
             return _run(self, name, function, args, kwargs)

@@ -55,18 +55,6 @@ class Problem:
     next_steps: Sequence[str] = ()
 
 
-_NEXT_STEP = {
-    ErrorCode.UNKNOWN_INSTANCE: "The node knows these: hostler list -n NODE",
-    ErrorCode.ALREADY_RUNNING: "See what it is doing: hostler info NAME",
-    ErrorCode.NOT_RUNNING: "See how it ended: hostler info NAME; start it again: hostler start NODE FILE",
-    ErrorCode.INSTANCE_BUSY: "See which job holds it: hostler jobs --instance NAME",
-    ErrorCode.NETWORK_FAILED: "Check the node's network: run hostler doctor there",
-    ErrorCode.QEMU_FAILED: "Check the node: run hostler doctor there",
-    ErrorCode.NODE_UNAVAILABLE: "Start the node's worker: run hostler worker there",
-    ErrorCode.INTERNAL: "The node's log has the details",
-}
-
-
 def run(args: Sequence[str]) -> int:
     """Run ``hostler ARGS`` and return its exit status; whatever goes wrong has been shown."""
     from hostler.cli.root import cli
@@ -90,7 +78,7 @@ def _problem(exc: Exception) -> Problem | None:
     notes: list[str] = getattr(exc, "__notes__", [])
     if isinstance(exc, OperationFailed):
         status = Exit.USAGE if isinstance(exc, InvalidArgument) else Exit.JOB_FAILED
-        return Problem(status, exc.code, exc.message, exc.details, [*_next_steps(exc), *notes])
+        return Problem(status, exc.code, exc.message, exc.details, notes)
     details: dict[str, Any] = {"retryable": False}
     match exc:
         case ServiceUnreachable():
@@ -105,11 +93,6 @@ def _problem(exc: Exception) -> Problem | None:
             return None
     message = exc.format_message() if isinstance(exc, click.ClickException) else str(exc)
     return Problem(status, code, message, details, notes)
-
-
-def _next_steps(exc: OperationFailed) -> list[str]:
-    known = [_NEXT_STEP[ErrorCode(exc.code)]] if exc.code in _NEXT_STEP else []
-    return [*known, "The same job, sent again, can succeed."] if exc.retryable else known
 
 
 def _show(problem: Problem, exc: Exception, as_json: bool) -> None:

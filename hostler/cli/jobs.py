@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from hostler.cli import output, render
+from hostler.cli.advice import advise
 from hostler.cli.instances import send_and_show
 from hostler.cli.options import JobOptions, examples, job_options, json_option, node_option, timeout_option
 from hostler.cli.waiting import UNKNOWN, follow
+from hostler.errors import OperationFailed
 
 if TYPE_CHECKING:
     from hostler.client import Client
@@ -75,7 +77,11 @@ def watch_command(job_id: str, timeout_s: float | None, as_json: bool) -> None:
     from hostler.client import Client
 
     with Client() as client:
-        result = follow(client, client.job(job_id), None, timeout_s)
+        try:
+            result = follow(client, client.job(job_id), None, timeout_s)
+        except OperationFailed as exc:
+            advise(exc, job_id)
+            raise
     if as_json:
         output.print_json(result)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from hostler.cli import output
@@ -35,11 +36,11 @@ _JOB_COLUMNS = {
     "task": "TASK",
     "instance": "INSTANCE",
     "state": "STATE",
-    "phase": "PHASE",
     "percent": "%",
     "updated_at": "UPDATED",
     "error": "ERROR",
 }
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 _PHASE_COLUMNS = {"at": "AT", "phase": "PHASE", "message": "MESSAGE"}
 
 
@@ -72,11 +73,11 @@ def facts(document: Mapping[str, Any]) -> None:
     """A mapping as two columns; what is empty is left out."""
     from rich.table import Table
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in document.items():
-        if value not in (None, "", [], {}):
+        if value not in _EMPTY:
             table.add_row(_cell("", key), _cell(key, value))
     output.out().print(table)
 
@@ -123,20 +124,31 @@ def _table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], empty:
     if not rows:
         output.out().print(empty)
         return
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in columns.values():
-        table.add_column(title, overflow="fold")
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    used = [key for key in columns if any(row.get(key) not in _EMPTY for row in rows)]
+    for key in used:
+        table.add_column(columns[key], overflow="fold", no_wrap=key in ("id", "task", "state"))
     for row in rows:
-        table.add_row(*(_cell(key, row.get(key)) for key in columns))
+        table.add_row(*(_cell(key, row.get(key), short=True) for key in used))
     output.out().print(table)
 
 
-def _cell(key: str, value: Any) -> Any:
+def _cell(key: str, value: Any, *, short: bool = False) -> Any:
     from rich.text import Text
 
     if isinstance(value, Mapping) and {"code", "message"} <= value.keys():
-        value = f"{value['code']}: {value['message']}"
+        value = value["code"] if short else f"{value['code']}: {value['message']}"
+    elif isinstance(value, str) and (key == "at" or key.endswith("_at")):
+        value = _moment(value, short)
     elif isinstance(value, (dict, list)):
         value = json.dumps(value, ensure_ascii=False)
     text = "" if value is None else output.clean(value)
     return Text(text, style=_STYLES.get(text, "") if key == "state" else "")
+
+
+def _moment(iso: str, short: bool) -> str:
+    """ISO 8601 in UTC, to the second; in a table today's time, or an earlier day's date."""
+    day, time = iso[:10], f"{iso[11:19]}Z"
+    if not short:
+        return f"{day} {time}"
+    return time if day == datetime.now(UTC).date().isoformat() else day

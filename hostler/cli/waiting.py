@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hostler.cli import output
+from hostler.cli.advice import advise
 from hostler.cli.exits import Exit, StillRunning
 from hostler.cli.progress import progress_shown
 from hostler.contract import JobState, queue_name
@@ -34,7 +35,8 @@ def run_job(client: Client, request: JobRequest, options: JobOptions) -> Any:
     try:
         return follow(client, job, request.node, options.timeout_s)
     except OperationFailed as exc:
-        exc.add_note(f"Its history: hostler job {job.id} --history -n {request.node}")
+        name = request.arguments.get("name") or request.arguments.get("instance", {}).get("name")
+        advise(exc, job.id, request.node, name or "NAME")
         raise
 
 

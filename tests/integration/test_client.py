@@ -119,7 +119,8 @@ class Service:
         self.client.rpush(f"gate:{job_id}", "open")
 
     def subscribed(self) -> list[Any]:
-        return self.client.pubsub_channels("celery-task-meta-*")
+        channels: Any = self.client.pubsub_channels("celery-task-meta-*")
+        return list(channels)
 
 
 def until(met: Callable[[], bool]) -> None:
@@ -521,7 +522,7 @@ def test_a_failed_job_exits_with_1_code_message_and_a_next_step(hostler: Hostler
     done = hostler("stop", "web1")
     assert (done.returncode, done.stdout) == (1, "")
     assert "NOT_RUNNING: web1 is not running" in done.stderr
-    assert "hostler start NODE FILE" in done.stderr
+    assert "hostler start n1 FILE" in done.stderr
     assert "--history -n n1" in done.stderr
 
 

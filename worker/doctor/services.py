@@ -42,7 +42,7 @@ def broker(settings: Settings) -> Check:
         with Connection(settings.broker_url, connect_timeout=CONNECT_TIMEOUT_S,
                         transport_options=_redis_timeouts(settings.broker_url)) as connection:  # fmt: skip
             shown = connection.as_uri()
-            connection.ensure_connection(max_retries=1, timeout=CONNECT_TIMEOUT_S)
+            connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=CONNECT_TIMEOUT_S)
     except Exception as exc:  # each transport has its own, down to KeyError for an unknown one
         return _no_answer("broker", "HOSTLER_BROKER_URL", exc)
     return Check("broker", "ok", shown)

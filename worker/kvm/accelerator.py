@@ -21,7 +21,7 @@ BOOT_TIMEOUT_S = 3.0
 """TCG, which interprets, is there in 0.1 s. A "KVM" emulated inside a virtual machine was seen to take 3.7 s, and not
 to boot Linux at all: one that is slower than TCG is none."""
 KVM_DEVICE = Path("/dev/kvm")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _OUTPUT_MAX_BYTES = 64 * 1024
 
 
@@ -52,7 +52,7 @@ def kvm_works(binary: Path, cache_dir: Path, timeout_s: float = BOOT_TIMEOUT_S, 
     identity = binary_identity(binary)
     if problem := _device_problem():
         return KvmProbe(False, problem)
-    key = [_BOOT_ID.read_text().strip(), *identity]
+    key = [BOOT_ID.read_text().strip(), *identity]
     cache = cache_dir / "kvm.json"
     if use_cache and (known := _cached(cache, key)):
         return known

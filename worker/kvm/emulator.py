@@ -27,7 +27,7 @@ from worker.errors import QemuFailed
 
 PROBE_TIMEOUT_S = 10.0
 """An idle host answers in 0.1 s."""
-_RHEL_BINARY = Path("/usr/libexec/qemu-kvm")
+RHEL_BINARY = Path("/usr/libexec/qemu-kvm")
 """Where RHEL and its rebuilds keep their only emulator, off PATH."""
 _QUOTE_MAX_BYTES = 1000
 _SETTLE_S = 1.0
@@ -91,8 +91,8 @@ def find(settings_binary: str = "") -> Path:
     if settings_binary:
         return _required(shutil.which(settings_binary), f"HOSTLER_QEMU_BINARY: no program {settings_binary!r}")
     name = f"qemu-system-{host_arch()}"  # Debian and Fedora build one per architecture of guests
-    rhel = str(_RHEL_BINARY) if os.access(_RHEL_BINARY, os.X_OK) else None
-    return _required(shutil.which(name) or rhel, f"no {name} on PATH, and no {_RHEL_BINARY}")
+    rhel = str(RHEL_BINARY) if os.access(RHEL_BINARY, os.X_OK) else None
+    return _required(shutil.which(name) or rhel, f"no {name} on PATH, and no {RHEL_BINARY}")
 
 
 def host_arch() -> str:
@@ -214,12 +214,13 @@ def _ask(binary: Path, timeout_s: float) -> Features:
                     settle(process)
                     raise
         except (_Ended, OSError):
-            late = time.monotonic() >= deadline
-            reason = f"no answer within {timeout_s:g} s" if late else f"it exited with {process.returncode}"
+            reason = f"it exited with {process.returncode}"
         except _NotQmp as exc:
             reason = str(exc)
         except (ValueError, LookupError, TypeError, AttributeError) as exc:  # JSON of another shape than QEMU's
             reason = f"its answer is not QEMU's: {exc!r}"
+        if time.monotonic() >= deadline:  # it was killed, perhaps in the middle of a line
+            reason = f"no answer within {timeout_s:g} s"
         raise EmulatorBroken(f"{binary} does not work as QEMU: {reason}{_quoted(stderr)}")
 
 

@@ -61,17 +61,19 @@ class GuestFolder:
     def log_tail(self) -> str:
         """The last lines QEMU said, for an error message; empty when it said nothing."""
         try:
-            return self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
+            tail = self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
         except OSError:
             return ""
+        return tail.replace("\0", "\N{REPLACEMENT CHARACTER}")  # which no database's text can hold
 
     def last_event(self, name: str) -> dict[str, Any] | None:
-        """The last event of this name in QEMU's journal; a line cut off by a kill is passed over."""
+        """The last event of this name in QEMU's journal; a line cut off by a kill or a trim is passed over."""
         with contextlib.suppress(OSError):
             for line in reversed(self.journal.read_bytes().splitlines()):
-                with contextlib.suppress(ValueError):
-                    if (event := json.loads(line)).get("event") == name:
-                        return dict(event)
+                with contextlib.suppress(ValueError, RecursionError):
+                    event = json.loads(line)
+                    if isinstance(event, dict) and event.get("event") == name:
+                        return event
         return None
 
     def trim_journal(self, limit_bytes: int = 256 * 1024) -> None:

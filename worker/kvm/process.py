@@ -64,11 +64,11 @@ class ProcessIdentity:
 
 def _start_ticks(pid: int) -> int | None:
     try:
-        stat = (_PROC / str(pid) / "stat").read_text()
+        stat = (_PROC / str(pid) / "stat").read_bytes()  # the command may be any bytes
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat.rpartition(")")[2].split()
-    return int(fields[_START_TICKS]) if fields[_STATE] not in "ZX" else None
+    fields = stat.rpartition(b")")[2].split()
+    return int(fields[_START_TICKS]) if fields[_STATE] not in b"ZX" else None
 
 
 def arguments_of(pid: int) -> list[str]:

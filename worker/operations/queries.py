@@ -11,7 +11,7 @@ import psutil
 from sqlalchemy import func, select
 
 from hostler.contract import InstanceState
-from hostler.payloads import Instance, InstanceView, JobListArguments
+from hostler.payloads import EXCLUSIVE_TASKS, Instance, InstanceView, JobListArguments
 from models import Instance as InstanceRow
 from models import Job
 from worker.errors import NotRunning, OperationError, UnknownInstance
@@ -92,6 +92,8 @@ def node_info(node: NodeContext) -> dict[str, Any]:
 def list_jobs(node: NodeContext, arguments: JobListArguments) -> list[dict[str, Any]]:
     """This node's latest jobs, newest first."""
     query = select(Job).where(Job.node == node.name).order_by(Job.sequence.desc()).limit(arguments.limit)
+    if not arguments.queries:
+        query = query.where(Job.task.in_([*EXCLUSIVE_TASKS]))
     if arguments.instance:
         query = query.where(Job.instance_name == arguments.instance)
     if arguments.states:

@@ -195,6 +195,15 @@ def test_a_job_of_the_ledger_is_shown_with_its_phases(capsys: pytest.CaptureFixt
     assert "QEMU_FAILED: it exited" in shown and "QEMU runs" in shown
 
 
+def test_a_list_of_jobs_is_short_and_leaves_empty_columns_out(capsys: pytest.CaptureFixture[str]) -> None:
+    error = {"code": "QEMU_FAILED", "message": "it exited", "details": {}}
+    row = {"id": "x", "task": "instance.start", "state": "FAILURE", "percent": 40, "error": error}
+    render.jobs([{**row, "updated_at": "2020-01-01T00:00:00.5+00:00", "waiting_for": []}])
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split() == ["ID", "TASK", "STATE", "%", "UPDATED", "ERROR"]
+    assert line.split() == ["x", "instance.start", "FAILURE", "40", "2020-01-01", "QEMU_FAILED"]
+
+
 def test_a_check_shows_errors_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     render.check({"errors": [{"field": "disks[0].path", "reason": "does not exist"}], "warnings": ["slow"]})
     assert capsys.readouterr().out == "error: disks[0].path: does not exist\nwarning: slow\n"

@@ -35,6 +35,7 @@ def test_every_task_of_the_contract_has_a_method(client: Client) -> None:
 
 def test_what_is_left_at_its_default_is_not_sent(client: Client) -> None:
     assert client.stop.job("n1", "web1").arguments == {"name": "web1"}
+    assert client.stop.job("n1", "web1", force=False, timeout_s=120.0).arguments == {"name": "web1"}
     assert client.start.job("n1", WEB1).arguments == {"instance": WEB1}
     assert client.start.job("n1", Instance(name="web1", memory_mib=64)).arguments == {"instance": WEB1}
     assert client.jobs.job("n1").arguments == {}

@@ -25,7 +25,9 @@ def receive_at_once(
     return verdicts
 
 
-def racer(url: str, node: str, instances: Sequence[str], start: Barrier, verdicts: Queue[tuple[str, list[str]]]) -> None:
+def racer(
+    url: str, node: str, instances: Sequence[str], start: Barrier, verdicts: Queue[tuple[str, list[str]]]
+) -> None:
     """The main function of a racing process."""
     database = Database(url)
     try:

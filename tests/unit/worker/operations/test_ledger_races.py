@@ -186,7 +186,7 @@ def test_eight_threads_run_200_jobs_of_five_instances_once_each_one_at_a_time_in
     nodes = {f"j{number:03}": f"n{1 + number % 2}" for number in range(200)}
     sent = [receipt(job_id, f"web{number % 5}") for number, job_id in enumerate(nodes)]
     at_once = {message.job_id for message in chance.sample(sent, 20)}
-    for message in [copy for message in sent for copy in [message] * (1 + (message.job_id in at_once))]:
+    for message in [copy for each in sent for copy in [each] * (1 + (each.job_id in at_once))]:
         site.send(nodes[message.job_id], message)
     for message in chance.sample(sent, 50):  # when it runs, waits or is done
         site.send(nodes[message.job_id], message)

@@ -1,0 +1,113 @@
+"""Writes docs/reference.md from the code, so that the two cannot disagree. Run by ``./dev docs``; a test compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from hostler.contract import ErrorCode, InstanceState, JobState
+from hostler.hvparams import HvParams
+from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, Disk, Instance, Nic
+from hostler.settings import PREFIX, Settings
+from tasks import instance, node  # noqa: F401  (their import fills OPERATIONS)
+from tasks.boundary import OPERATIONS
+from worker import errors
+
+REFERENCE = Path(__file__).with_name("reference.md")
+
+MEANINGS = {
+    ErrorCode.INVALID_ARGUMENT: "An argument is wrong; details.errors lists every field with its reason. No effect.",
+    ErrorCode.INSTANCE_BUSY: "Reserved: jobs of a busy instance wait.",
+    ErrorCode.UID_POOL_EXHAUSTED: "Reserved for the uid pool.",
+    ErrorCode.MIGRATION_FAILED: "Reserved for live migration.",
+    ErrorCode.CANCELLED: "The job was revoked before it ran.",
+    ErrorCode.NODE_UNAVAILABLE: "Reserved: the node has no worker.",
+    ErrorCode.INTERNAL: "Something nobody foresaw; the worker's log has the traceback.",
+}
+
+
+def render() -> str:
+    """The whole reference."""
+    return "\n".join([*_head(), *_settings(), *_tasks(), *_instance(), *_states(), *_codes()]) + "\n"
+
+
+def _head() -> Iterator[str]:
+    yield "# Reference"
+    yield ""
+    yield "Generated from the code by `./dev docs`; do not edit. The narrative is in README.md and ARCHITECTURE.md."
+
+
+def _settings() -> Iterator[str]:
+    yield from ("", "## Settings", "", "From the environment; an unknown `HOSTLER_*` name is refused at start.", "")
+    yield from ("| name | meaning | default |", "| --- | --- | --- |")
+    for name, field in Settings.model_fields.items():
+        yield f"| `{PREFIX}{name.upper()}` | {field.description} | {_default(field)} |"
+
+
+def _tasks() -> Iterator[str]:
+    yield from ("", "## Tasks", "", "Sent by name, with keyword arguments, to the queue `node.NODE`.")
+    yield from ("Tasks marked * change an instance: of these one runs at a time per instance, in the order sent.", "")
+    yield from ("| task | keyword arguments (defaults) | what it does |", "| --- | --- | --- |")
+    for task, model in ARGUMENTS.items():
+        arguments = ", ".join(f"`{_argument(name, field)}`" for name, field in model.model_fields.items()) or "none"
+        mark = " *" if task in EXCLUSIVE_TASKS else ""
+        yield f"| `{task}`{mark} | {arguments} | {_first_line(OPERATIONS[task])} |"
+
+
+def _instance() -> Iterator[str]:
+    for title, model in (("Instance", Instance), ("Disk", Disk), ("Nic", Nic), ("hvparams", HvParams)):
+        yield from ("", f"## {title}", "", _first_line(model), "")
+        yield from ("| name | type | default | meaning |", "| --- | --- | --- | --- |")
+        for name, field in model.model_fields.items():
+            yield f"| `{name}` | {_type(model, name)} | {_default(field)} | {field.description or ''} |"
+
+
+def _states() -> Iterator[str]:
+    yield from ("", "## States", "", "Jobs: " + ", ".join(f"`{state}`" for state in JobState) + ".", "")
+    yield "Instances: " + ", ".join(f"`{state}`" for state in InstanceState) + "."
+
+
+def _codes() -> Iterator[str]:
+    yield from ("", "## Error codes", "", "A failed job raises `OperationFailed(code, message, details)`.", "")
+    yield from ("| code | meaning | a retry can help |", "| --- | --- | --- |")
+    classes = {cls.code: cls for cls in errors.OperationError.__subclasses__() if cls.code != ErrorCode.INTERNAL}
+    for code in ErrorCode:
+        cls = classes.get(code)
+        meaning = MEANINGS.get(code) or (_first_line(cls) if cls else "")
+        yield f"| `{code}` | {meaning} | {'yes' if cls and cls.retryable else 'see details.retryable'} |"
+
+
+def _argument(name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return name
+    return f"{name}={field.get_default(call_default_factory=True)!r}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return "see meaning" if field.description else "empty"
+    return f"`{field.default!r}`" if field.default != "" else "empty"
+
+
+def _type(model: type[BaseModel], name: str) -> str:
+    schema: dict[str, Any] = model.model_json_schema()["properties"][name]
+    if "enum" in schema:
+        return ", ".join(f"`{value!r}`" for value in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(str(option.get("type", "object")) for option in schema["anyOf"])
+    return str(schema.get("type", "object"))
+
+
+def _first_line(documented: object) -> str:
+    return ((documented and documented.__doc__) or "").strip().split("\n")[0]
+
+
+if __name__ == "__main__":
+    REFERENCE.write_text(render())
+    print(f"wrote {REFERENCE}")
