@@ -150,10 +150,16 @@ def _node_info(node: str, job_id: str | None = None) -> JobRequest:
 
 
 def _jobs(
-    node: str, instance: str | None = None, states: Sequence[str] = (), limit: int = 50, job_id: str | None = None
+    node: str,
+    instance: str | None = None,
+    states: Sequence[str] = (),
+    queries: bool = False,
+    limit: int = 50,
+    job_id: str | None = None,
 ) -> JobRequest:
-    """Result: the node's latest jobs from its ledger, newest first."""
-    return _request(TaskName.JOB_LIST, node, job_id, instance=instance, states=list(states), limit=limit)
+    """Result: the node's latest jobs from its ledger, newest first; with ``queries`` also those that only look."""
+    wanted = {"instance": instance, "states": list(states), "queries": queries, "limit": limit}
+    return _request(TaskName.JOB_LIST, node, job_id, **wanted)
 
 
 def _job_info(node: str, id: str, job_id: str | None = None) -> JobRequest:

@@ -101,7 +101,7 @@ def ensure(settings: Settings, timeout_s: float = START_TIMEOUT_S) -> None:
     if not settings.needs_embedded_server:
         return
     problem = _problem(settings.broker_socket)
-    if problem and not _folder(settings).exists():
+    if problem and not os.access(_folder(settings), os.F_OK):
         _required_binary()  # nothing is made where nothing can be started
     deadline = time.monotonic() + timeout_s
     log = _Log(_log_file(settings))

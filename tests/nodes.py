@@ -25,7 +25,6 @@ from sqlalchemy.orm import Session
 
 from hostler import embedded
 from hostler.client import Client, Job
-from hostler.contract import queue_name
 from hostler.errors import OperationFailed
 from hostler.settings import Settings
 from models import Database, DiskLease, Instance, InstanceLock, Runtime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from kombu import Exchange, Queue
@@ -54,6 +55,9 @@ def _own_unacked(settings: Settings) -> dict[str, Any]:
     }
 
 
+# Celery lets these override what is configured; a node is told where its broker is by HOSTLER_BROKER_URL alone.
+for _name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"):
+    os.environ.pop(_name, None)
 _settings = load()
 embedded.ensure(_settings)
 globals().update(node_options(_settings))

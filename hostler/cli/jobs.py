@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 )
 @click.option("--instance", metavar="NAME", help="Only jobs of this instance.")
 @click.option("--state", "states", multiple=True, metavar="STATE", help="Only jobs in this state; may be repeated.")
+@click.option("--queries", is_flag=True, help="Also those that only look: lists, infos, checks.")
 @click.option("--limit", type=int, default=50, show_default=True, help="At most this many, newest first.")
 @node_option
 @job_options
-def jobs_command(instance: str | None, states: tuple[str, ...], limit: int, node: str, options: JobOptions) -> None:
+def jobs_command(
+    instance: str | None, states: tuple[str, ...], queries: bool, limit: int, node: str, options: JobOptions
+) -> None:
     """List a node's jobs, from its ledger."""
     send_and_show(
-        lambda client: client.jobs.job(node, instance, states, limit, job_id=options.job_id), options, render.jobs
+        lambda client: client.jobs.job(node, instance, states, queries, limit, job_id=options.job_id),
+        options,
+        render.jobs,
     )
 
 

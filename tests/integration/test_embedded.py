@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -298,6 +298,38 @@ def test_a_state_folder_that_cannot_be_made_is_reported(settings: Settings) -> N
     settings.state_dir.write_text("a file")
     with pytest.raises(ServiceUnreachable, match="HOSTLER_STATE_DIR"):
         embedded.ensure(settings)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_state_folder_of_another_user_is_reported_and_not_looked_into(settings: Settings) -> None:
+    embedded.ensure(settings)
+    settings.state_dir.parent.chmod(0o755)
+    told = as_nobody(lambda: (embedded.status(settings).state, embedded.stop(settings)))
+    assert "Permission denied" in told and "False" in told
+    told = as_nobody(lambda: embedded.ensure(settings))
+    assert told.startswith("ServiceUnreachable") and "Permission denied (HOSTLER_STATE_DIR)" in told
+    assert embedded.status(settings).running
+
+
+def as_nobody(act: Callable[[], object]) -> str:
+    """What ``act`` returns or raises, in words, when a user without rights does it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            answer = str(act())
+        except BaseException as exc:
+            answer = f"{type(exc).__name__}: {exc}"
+        os.write(writing, answer.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return answer
 
 
 def test_a_folder_open_to_others_is_closed(settings: Settings) -> None:

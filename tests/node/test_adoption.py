@@ -198,7 +198,9 @@ def test_a_start_killed_while_qemu_hangs_before_greeting_is_finished_by_the_next
 def test_a_start_killed_while_its_network_script_runs_is_finished_by_the_next_worker(netns: str) -> None:
     with node(prefix=("ip", "netns", "exec", netns)) as made:
         script = made.root / "ifup"
-        script.write_text(f"#!/bin/sh\necho $1 >>{made.root}/taps\nwhile [ -e {made.root}/wait ]; do sleep 0.05; done\n")
+        script.write_text(
+            f"#!/bin/sh\necho $1 >>{made.root}/taps\nwhile [ -e {made.root}/wait ]; do sleep 0.05; done\n"
+        )
         script.chmod(0o755)
         (made.root / "wait").touch()
         made.environment |= {"HOSTLER_IFUP": str(script), "HOSTLER_IFDOWN": "/bin/true"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import platform
+import pwd
 import shutil
 import sys
 import time
@@ -70,7 +70,7 @@ def hardware() -> Check:
 def rights() -> Check:
     """Root, or what an ordinary user may do here."""
     missing = sorted(set(_CAPABILITIES.values()) - capabilities())
-    user = getpass.getuser() if os.geteuid() else "root"
+    user = user_name()
     if not missing:
         return Check("rights", "ok", f"{user}, with every capability a node uses")
     lack = f"{user}, without {', '.join(missing)}: guests cannot get taps, or a user and root folder of their own"
@@ -78,6 +78,14 @@ def rights() -> Check:
         return Check("rights", "warn", lack, "run the worker as root (guests never run as root)")
     return Check("rights", "warn", lack, "give the container or service these capabilities "
                  f"(docker run {' '.join(f'--cap-add {name[4:]}' for name in missing)} ...)")  # fmt: skip
+
+
+def user_name() -> str:
+    """Whose rights this process has."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # containers run as numbers
+        return f"uid {os.geteuid()}"
 
 
 def capabilities() -> set[str]:
@@ -146,8 +154,8 @@ def _directory(name: str, path: Path) -> Check:
     if not existing.is_dir():
         return Check(name, "fail", f"{existing} is not a folder", f"remove it, or set {variable} to another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        return Check(name, "fail", f"{existing} cannot be written by {getpass.getuser()}",
-                     f"install -d -m 0700 -o {getpass.getuser()} {path} (as root), or set {variable}")  # fmt: skip
+        return Check(name, "fail", f"{existing} cannot be written by {user_name()}",
+                     f"install -d -m 0700 -o {user_name()} {path} (as root), or set {variable}")  # fmt: skip
     free = shutil.disk_usage(existing).free
     made = "" if existing == path else ", made by the first worker"
     detail = f"{path}{made}; {free >> 20} MiB free, {_filesystem(existing)}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
+import grp
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from hostler.settings import Settings
 from worker.doctor.check import Check, install
+from worker.doctor.host import user_name
 from worker.kvm import accelerator, emulator
 
 
@@ -58,8 +60,16 @@ def _kvm_fix() -> str:
             "or on a virtual machine nested virtualization on its host"
         )
     if not os.access(device, os.R_OK | os.W_OK):
-        return f"usermod -aG kvm {getpass.getuser()}, and log in again; or run the worker as root"
+        return _access_fix(device)
     return "nothing to install: KVM is offered here but runs no guest; a virtual machine needs a host with nested KVM"
+
+
+def _access_fix(device: Path) -> str:
+    """Distributions let the group kvm open it; elsewhere it may be root's alone."""
+    group, for_group = device.stat().st_gid, device.stat().st_mode & stat.S_IWGRP
+    if not for_group or not group:
+        return "run the worker as root"
+    return f"usermod -aG {grp.getgrgid(group).gr_name} {user_name()}, and log in again; or run the worker as root"
 
 
 @contextmanager

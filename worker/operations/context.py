@@ -29,6 +29,7 @@ class NodeContext:
     incarnation: str
     loop: EventLoop
     ledger: Ledger = field(init=False)
+    _features: tuple[list[str | int], Features] | None = field(default=None, repr=False)
     _probing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,9 +51,12 @@ class NodeContext:
         return emulator.find(self.settings.qemu_binary)
 
     def features(self) -> Features:
-        """What this node's QEMU can do, asked of QEMU itself and cached until the binary changes."""
+        """What this node's QEMU can do, asked of QEMU itself and kept until the binary changes."""
+        identity = emulator.binary_identity(self.qemu_binary)
         with self._probing:
-            return emulator.probe(self.qemu_binary, self.cache_dir)
+            if self._features is None or self._features[0] != identity:
+                self._features = identity, emulator.probe(self.qemu_binary, self.cache_dir)
+            return self._features[1]
 
     def kvm(self) -> accelerator.KvmProbe:
         """Whether KVM really runs a guest here, tried once per boot."""

