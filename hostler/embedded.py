@@ -21,6 +21,7 @@ import socket
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +132,7 @@ def status(settings: Settings) -> EmbeddedStatus:
     info = {} if problem else _info(settings.broker_socket)
     binary = info.get("executable") or server_binary()
     database = settings.state_dir / "hostler.sqlite"
+    database_files = [database.with_name(database.name + suffix) for suffix in ("", "-wal")]
     return EmbeddedStatus(
         needed=settings.needs_embedded_server,
         running=pid is not None,
@@ -143,10 +145,10 @@ def status(settings: Settings) -> EmbeddedStatus:
         clients=info.get("connected_clients"),
         memory_bytes=info.get("used_memory"),
         folder=str(_folder(settings)),
-        folder_bytes=_size(*_folder(settings).rglob("*")),
+        folder_bytes=_size(*_files(_folder(settings))),
         log_file=str(_log_file(settings)),
         database_file=str(database) if settings.embedded_database else None,
-        database_bytes=_size(*settings.state_dir.glob("hostler.sqlite*")) if settings.embedded_database else 0,
+        database_bytes=_size(*database_files) if settings.embedded_database else 0,
     )
 
 
@@ -155,10 +157,12 @@ def stop(settings: Settings, timeout_s: float = STOP_TIMEOUT_S) -> bool:
 
     Whoever is still connected loses its connection; queued messages and results stay on disk, for the next start.
     Works on a server that hangs before it answers, too. Raises ServiceUnreachable if the process is still there after
-    ``timeout_s``; it is never killed hard.
+    ``timeout_s`` (it is never killed hard), or if this user may not look.
     """
     pid = _server_pid(settings)
     if pid is None:
+        if problem := _not_ours(_folder(settings)):
+            raise ServiceUnreachable(f"whether the embedded broker runs cannot be seen: {problem}")
         return False
     try:
         process = os.pidfd_open(pid)
@@ -303,6 +307,16 @@ def _lock_holder_pid(settings: Settings) -> int | None:
     return pid if any(os.path.samestat(file, lock) for file in files) else None
 
 
+def _not_ours(folder: Path) -> str:
+    try:
+        folder.stat()
+        return "" if os.access(folder, os.X_OK) else f"{folder}: Permission denied"
+    except FileNotFoundError:
+        return ""
+    except OSError as exc:
+        return f"{folder}: {exc.strerror}"
+
+
 def _ends(process: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(process, select.POLLIN)
@@ -325,6 +339,11 @@ class _Log:
             lines = []
         text = "\n".join(lines[-_LOG_TAIL_LINES:])
         return f"the end of {self._path}:\n{text}" if text else f"{self._path} says nothing"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):  # which passes over what this user may not read
+        yield from (Path(parent, name) for name in names)
 
 
 def _size(*paths: Path) -> int:

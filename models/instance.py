@@ -30,7 +30,7 @@ class Instance(Base):
     ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     runtime: Mapped[Runtime | None] = relationship(
-        back_populates="instance", cascade="all, delete-orphan", lazy="joined", innerjoin=False
+        back_populates="instance", cascade="all, delete-orphan", lazy="selectin"
     )
 
 
