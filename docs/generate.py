@@ -13,7 +13,7 @@ from hostler.contract import ErrorCode, InstanceState, JobState
 from hostler.hvparams import HvParams
 from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, Disk, Instance, Nic
 from hostler.settings import PREFIX, Settings
-from tasks import instance, node  # noqa: F401  (their import fills OPERATIONS)
+from tasks import instance, job, node  # noqa: F401  (their import fills OPERATIONS)
 from tasks.boundary import OPERATIONS
 from worker import errors
 

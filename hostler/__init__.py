@@ -7,6 +7,7 @@ from hostler.errors import InvalidArgument, OperationFailed, ServiceUnreachable
 
 if TYPE_CHECKING:
     from hostler.client import Client, JobRequest
+    from hostler.executor import JobExecutor
     from hostler.job import Job, JobSnapshot
     from hostler.payloads import Disk, Instance, Nic
 
@@ -18,6 +19,7 @@ __all__ = [
     "InstanceState",
     "InvalidArgument",
     "Job",
+    "JobExecutor",
     "JobRequest",
     "JobSnapshot",
     "JobState",
@@ -36,6 +38,7 @@ _ON_DEMAND = {
     "Disk": "hostler.payloads",
     "Instance": "hostler.payloads",
     "Job": "hostler.job",
+    "JobExecutor": "hostler.executor",
     "JobRequest": "hostler.client",
     "JobSnapshot": "hostler.job",
     "Nic": "hostler.payloads",

@@ -22,7 +22,7 @@ from hostler.celery_options import shared_options
 from hostler.contract import TaskName, queue_name, worker_name
 from hostler.errors import InvalidArgument
 from hostler.job import Job, reaching, safe_url
-from hostler.payloads import ARGUMENTS, Instance, JobInfoArguments, parse
+from hostler.payloads import ARGUMENTS, Instance, JobIdArguments, parse
 from hostler.settings import Settings, SettingsError, load
 
 ANSWER_S = 3.0
@@ -193,7 +193,7 @@ def _check_address(node: str, job_id: str | None) -> None:
 
 def _check_id(field: str, value: str) -> None:
     try:
-        parse(JobInfoArguments, {"id": value})
+        parse(JobIdArguments, {"id": value})
     except InvalidArgument as exc:
         raise InvalidArgument([{**error, "field": field} for error in exc.details["errors"]]) from None
 

@@ -35,6 +35,9 @@ class TaskName(StrEnum):
     NODE_INFO = "node.info"
     JOB_LIST = "job.list"
     JOB_INFO = "job.info"
+    JOB_CANCEL = "job.cancel"
+    JOB_RETRY = "job.retry"
+    JOB_WHY = "job.why"
 
 
 class JobState(StrEnum):

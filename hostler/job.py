@@ -6,33 +6,24 @@ knows more and for longer; ask it with :attr:`hostler.Client.job_info`.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 from celery import Celery
-from celery.backends.redis import RedisBackend
 from celery.exceptions import NotRegistered
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
 from hostler.contract import FINAL_JOB_STATES, ErrorCode, JobState
-from hostler.errors import OperationFailed, ServiceUnreachable
+from hostler.errors import OperationFailed
+from hostler.following import Meta, backend_url, follow
+from hostler.outage import reaching, safe_url
 
-OUTAGE_S = 5.0
-"""A backend that was there and went away may take this long to return (a restart) before a waiting caller is told."""
-_RETRY_S = 0.25
-_REREAD_S = 30.0
-"""How often the stored state is read while nothing is pushed: a push can be lost, and a dead peer is silent."""
-_POLL_S = (0.05, 0.5)
-"""Pause between two looks at a backend that cannot push: the first one, and the longest."""
+__all__ = ["Job", "JobSnapshot", "failure", "follow_jobs", "reaching", "safe_url"]
 
 OnProgress = Callable[[dict[str, Any]], object]
-Meta = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class Job:
 
     def snapshot(self) -> JobSnapshot:
         """Everything the backend knows of the job now."""
-        with reaching(f"the result backend {self._backend_url}"):
+        with reaching(f"the result backend {backend_url(self._app)}"):
             return _snapshot(self.id, self._app.backend.get_task_meta(self.id, cache=False))
 
     @property
@@ -106,12 +97,13 @@ class Job:
         backends are polled and may skip some. Any number of threads may wait, for one job or for many.
 
         Raises OperationFailed if the job failed or was cancelled, TimeoutError after ``timeout_s`` seconds (the job
-        goes on), ServiceUnreachable if the backend does not answer, or is lost for :data:`OUTAGE_S` (it goes on too).
+        goes on), ServiceUnreachable if the backend does not answer, or is lost for
+        :data:`hostler.following.OUTAGE_S` (it goes on too).
         """
         last: dict[str, Any] = {}
         deadline = inf if timeout_s is None else time.monotonic() + timeout_s
-        with closing(self._metas(deadline)) as metas:
-            for meta in metas:
+        with closing(follow(self._app, {self.id: self}, deadline)) as news:
+            for ((_, meta),) in news:
                 snapshot = _snapshot(self.id, meta)
                 if snapshot.error and snapshot.finished:
                     raise snapshot.error
@@ -124,59 +116,20 @@ class Job:
 
     def forget(self) -> None:
         """Remove result and progress from the backend. The job itself, and its row on the node, are untouched."""
-        with reaching(f"the result backend {self._backend_url}"):
+        with reaching(f"the result backend {backend_url(self._app)}"):
             self._app.backend.forget(self.id)
 
-    @property
-    def _backend_url(self) -> str:
-        return safe_url(str(self._app.backend_cls))
 
-    def _metas(self, deadline: float) -> Generator[Meta, None, None]:
-        """The stored state, then each change of it until ``deadline``, over a short loss of the backend too."""
-        follow = _pushed if isinstance(self._app.backend, RedisBackend) else _polled
-        reached, lost_at = False, 0.0
-        while True:
-            try:
-                for meta in follow(self._app.backend, self.id, deadline):
-                    reached, lost_at = True, 0.0
-                    yield meta
-                return
-            except Exception as exc:
-                lost_at = lost_at or time.monotonic()
-                if not is_outage(exc):
-                    raise
-                if not reached or time.monotonic() - lost_at > OUTAGE_S:
-                    raise ServiceUnreachable(_complaint(f"the result backend {self._backend_url}", exc)) from exc
-            if time.monotonic() >= deadline:
-                return
-            time.sleep(_RETRY_S)
+def follow_jobs(jobs: dict[str, Job], deadline: float) -> Generator[list[JobSnapshot], None, None]:
+    """Snapshots of ``jobs`` (of one client, by id) now and whenever they change; see :func:`hostler.following.follow`.
 
-
-def _pushed(backend: Any, job_id: str, deadline: float) -> Iterator[Meta]:
-    # A subscription of our own for each wait: Celery's is shared by all waits of a thread, keeps what was sent and
-    # never waited for subscribed for ever, and looks at the clock once a second only.
-    with backend.client.pubsub(ignore_subscribe_messages=True) as channel:
-        channel.subscribe(backend.get_key_for_task(job_id))
-        while True:
-            # Read after subscribing, so that nothing falls between.
-            yield backend.get_task_meta(job_id, cache=False)
-            reread_at = min(deadline, time.monotonic() + _REREAD_S)
-            while (left := reread_at - time.monotonic()) > 0:
-                if message := channel.get_message(timeout=left):
-                    yield backend.decode_result(message["data"])
-            if reread_at == deadline:
-                return
-
-
-def _polled(backend: Any, job_id: str, deadline: float) -> Iterator[Meta]:
-    pause, longest = _POLL_S
-    while True:
-        yield backend.get_task_meta(job_id, cache=False)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return
-        time.sleep(min(pause, left))
-        pause = min(pause * 1.5, longest)
+    The caller takes out of ``jobs`` what it wants no more news of.
+    """
+    if not jobs:
+        return
+    with closing(follow(next(iter(jobs.values()))._app, jobs, deadline)) as news:
+        for batch in news:
+            yield [_snapshot(job_id, meta) for job_id, meta in batch]
 
 
 def _snapshot(job_id: str, meta: Meta) -> JobSnapshot:
@@ -217,33 +170,3 @@ def failure(state: JobState, raised: object) -> OperationFailed:
     if isinstance(raised, NotRegistered):
         return OperationFailed(ErrorCode.UNSUPPORTED, f"the node's worker knows no task {raised}; is it older than we?")
     return OperationFailed(ErrorCode.INTERNAL, f"{type(raised).__name__}: {raised}")
-
-
-@contextmanager
-def reaching(what: str) -> Iterator[None]:
-    """Turn a lost connection inside the block into ServiceUnreachable saying that ``what`` does not answer."""
-    try:
-        yield
-    except Exception as exc:
-        if not is_outage(exc):
-            raise
-        raise ServiceUnreachable(_complaint(what, exc)) from exc
-
-
-def is_outage(exc: Exception) -> bool:
-    """Whether ``exc`` is a broker's or backend's way of saying that it cannot be reached or refuses to serve us."""
-    # A backend in SQL brings SQLAlchemy, which the client does not depend on: nobody raises what is not imported.
-    sql: Any = sys.modules.get("sqlalchemy.exc")
-    return isinstance(exc, (OSError, OperationalError, RedisError, *([sql.DBAPIError] if sql else [])))
-
-
-def _complaint(what: str, exc: Exception) -> str:
-    return f"{what} does not answer: {str(exc).splitlines()[0] if str(exc) else type(exc).__name__}"
-
-
-def safe_url(url: str) -> str:
-    """``url`` without what must not be shown: user, password and query."""
-    scheme, _, rest = url.partition("://")
-    place, _, query = rest.partition("?")
-    # Where a password was not quoted as it must be, a part of it may stand anywhere.
-    return f"{scheme}://{'...' if '@' in query else place.rpartition('@')[2]}"

@@ -7,6 +7,7 @@ Sizes and durations carry their unit in the name. Validation needs no host; a no
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
@@ -14,13 +15,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from hostler.contract import INSTANCE_NAME_MAX, INSTANCE_NAME_PATTERN, TaskName
 from hostler.errors import InvalidArgument
-from hostler.hvparams import AbsolutePath, HvParams, OneLine
+from hostler.hvparams import AbsolutePath, HvParams
 
 MEMORY_MAX_MIB = 16 * 1024 * 1024
 """16 TiB; what a host really has is checked on the node."""
 VCPUS_MAX = 4096
 """A bound against nonsense; the machine type's own limit is checked on the node."""
 TIMEOUT_MAX_S = 86_400.0
+SHOWN_MAX = 80
+"""How much of somebody's own words an error repeats."""
+
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 _TAG = re.compile(r"[\x21-\x7e]{1,128}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")  # IFNAMSIZ is 16 with its NUL
@@ -124,17 +128,27 @@ class Instance(Payload):
         return self
 
 
-class NoArguments(Payload):
+JobId = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+
+
+class JobArguments(Payload):
+    """What every job may be told besides its own arguments: which jobs, on whichever node, have to end before it."""
+
+    after: list[JobId] = Field(default_factory=list, max_length=1000)
+    after_failure: Literal["cancel", "run"] = "cancel"
+
+
+class NoArguments(JobArguments):
     """A job without arguments."""
 
 
-class NameArguments(Payload):
+class NameArguments(JobArguments):
     """A job about one instance."""
 
     name: InstanceName
 
 
-class InstanceArguments(Payload):
+class InstanceArguments(JobArguments):
     """A job that carries a whole instance."""
 
     instance: Instance
@@ -161,7 +175,7 @@ class RebootArguments(NameArguments):
     timeout_s: TimeoutS = 120
 
 
-class JobListArguments(Payload):
+class JobListArguments(JobArguments):
     """``job.list``: the node's latest jobs, newest first, optionally of one instance or one state.
 
     Jobs that only look (lists, infos, checks) are left out unless ``queries`` is set.
@@ -173,13 +187,29 @@ class JobListArguments(Payload):
     limit: int = Field(50, ge=1, le=1000)
 
 
-class JobInfoArguments(Payload):
-    """``job.info``: everything the ledger knows of one job."""
+class JobIdArguments(JobArguments):
+    """A job about another job."""
 
-    id: OneLine = Field(min_length=1, max_length=255)
+    id: JobId
 
 
-ARGUMENTS: dict[TaskName, type[Payload]] = {
+class JobRetryArguments(JobArguments):
+    """``job.retry``: send one failed job again under a new id, or all that failed since a time (ISO 8601)."""
+
+    id: JobId | None = None
+    failed_since: str | None = None
+    limit: int = Field(100, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> JobRetryArguments:
+        if (self.id is None) == (self.failed_since is None):
+            raise ValueError("id: give either id or failed_since")
+        if self.failed_since is not None and datetime.fromisoformat(self.failed_since).tzinfo is None:
+            raise ValueError("failed_since: needs a time zone, such as 2026-01-31T12:00:00+00:00")
+        return self
+
+
+ARGUMENTS: dict[TaskName, type[JobArguments]] = {
     TaskName.INSTANCE_START: StartArguments,
     TaskName.INSTANCE_STOP: StopArguments,
     TaskName.INSTANCE_REBOOT: RebootArguments,
@@ -192,7 +222,10 @@ ARGUMENTS: dict[TaskName, type[Payload]] = {
     TaskName.INSTANCE_CHECK: InstanceArguments,
     TaskName.NODE_INFO: NoArguments,
     TaskName.JOB_LIST: JobListArguments,
-    TaskName.JOB_INFO: JobInfoArguments,
+    TaskName.JOB_INFO: JobIdArguments,
+    TaskName.JOB_CANCEL: JobIdArguments,
+    TaskName.JOB_RETRY: JobRetryArguments,
+    TaskName.JOB_WHY: JobIdArguments,
 }
 """The arguments of every task; the one table that client, node and documentation share."""
 
@@ -207,6 +240,9 @@ EXCLUSIVE_TASKS = frozenset(
     }
 )
 """Jobs that change an instance; of these, one at a time per instance, in the order they were sent."""
+
+SLOTS = {TaskName.INSTANCE_START: "start", TaskName.INSTANCE_REBOOT: "start"}
+"""Classes of jobs of which a node carries out a limited number at once (HOSTLER_LIMIT_STARTS)."""
 
 
 def instance_of(arguments: dict[str, Any]) -> str | None:
@@ -269,7 +305,7 @@ def parse(model: type[PayloadT], arguments: object) -> PayloadT:
 
 
 def _describe(error: dict[str, Any]) -> dict[str, str]:
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    field = "".join(_step(part) for part in error["loc"]).lstrip(".")
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         reason = "is not supported"
@@ -278,6 +314,14 @@ def _describe(error: dict[str, Any]) -> dict[str, str]:
     elif error["type"] == "value_error" and (cross := re.match(r"([a-z_]+): ", reason)):
         field = f"{field}.{cross[1]}".lstrip(".")
         reason = reason.removeprefix(cross[0])
-    elif error["type"] != "value_error" and len(repr(error["input"])) <= 80:
+    elif error["type"] != "value_error" and len(repr(error["input"])) <= SHOWN_MAX:
         reason = f"{reason[0].lower()}{reason[1:]} (got {error['input']!r})"
     return {"field": field or "arguments", "reason": reason}
+
+
+def _step(part: int | str) -> str:
+    if isinstance(part, int):
+        return f"[{part}]"
+    # A key that nobody knows can be anything; an error is kept where there is no room for some of it (NUL in SQL).
+    shown = part if part.isprintable() else ascii(part)
+    return f".{shown}" if len(shown) <= SHOWN_MAX else f".{shown[:SHOWN_MAX]}..."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from hostler.contract import NODE_PATTERN
 
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     database_url: str = Field("", description="Any SQLAlchemy URL; empty is SQLite below the state folder.")
     qemu_binary: str = Field("", description="The emulator; empty is qemu-system-<arch> from PATH.")
     migration_address: str = Field("", description="Where this node receives guests; empty is its first address.")
-    migration_ports: Annotated[tuple[int, int], BeforeValidator(_ports)] = Field(
+    migration_ports: Annotated[tuple[int, int], NoDecode, BeforeValidator(_ports)] = Field(
         (49152, 49215), description="Ports for incoming migrations, as FIRST-LAST."
     )
     ifup: str = Field("", description="Network script, run as SCRIPT TAP; empty is the one shipped.")
@@ -90,6 +90,11 @@ class Settings(BaseSettings):
     log_format: Literal["", "console", "json"] = Field("", description="Empty: console on a terminal, else json.")
     qemu_timeout_s: float = Field(30.0, gt=0, le=600, description="How long QEMU may take to greet or answer.")
     concurrency: int = Field(64, ge=1, le=1024, description="Jobs that run at once on this node.")
+    limit_starts: int = Field(
+        default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)),
+        ge=1,
+        description="Starts and reboots at once on this node, others wait; empty is two per CPU, at least four.",
+    )
 
     @property
     def embedded_broker(self) -> bool:

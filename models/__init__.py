@@ -2,7 +2,7 @@
 
 from models.base import Base, utc_now
 from models.instance import DiskLease, Instance, Runtime
-from models.job import InstanceLock, Job
+from models.job import InstanceLock, Job, JobParent
 from models.node import Incarnation, Node
 from models.session import Database, DatabaseUnusable
 from models.uid_pool import UidLease, UidRange
@@ -16,6 +16,7 @@ __all__ = [
     "Instance",
     "InstanceLock",
     "Job",
+    "JobParent",
     "Node",
     "Runtime",
     "UidLease",

@@ -30,7 +30,10 @@ class Instance(Base):
     ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     runtime: Mapped[Runtime | None] = relationship(
-        back_populates="instance", cascade="all, delete-orphan", lazy="selectin"
+        # No join: PostgreSQL cannot lock the row (FOR UPDATE) on the nullable side of one.
+        back_populates="instance",
+        cascade="all, delete-orphan",
+        lazy="selectin",
     )
 
 
@@ -38,7 +41,8 @@ class Runtime(Base):
     """One QEMU of an instance: who it is, what it was built from, and what the host gave it.
 
     It exists from just before the first side effect of a start until everything it names has been given back. A reader
-    learns from ``pid`` whether the process was spawned. ``uuid`` is new at every start and stands in QEMU's arguments,
+    learns from ``pid`` whether the process was spawned. ``ending`` is written when QEMU has ended, before anything is
+    given back: what it was judged by goes too. ``uuid`` is new at every start and stands in QEMU's arguments,
     so that a process can be found and told apart even where the pid was not yet written.
     """
 
@@ -61,6 +65,7 @@ class Runtime(Base):
     run_dir: Mapped[str] = mapped_column(String(255))
     hardware: Mapped[dict[str, Any]] = mapped_column(document())
     taps: Mapped[list[dict[str, Any]]] = mapped_column(document())
+    ending: Mapped[dict[str, Any] | None] = mapped_column(document())
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     instance: Mapped[Instance] = relationship(back_populates="runtime")

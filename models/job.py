@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index, Integer, SmallInteger, String
+from sqlalchemy import Boolean, ForeignKey, Index, Integer, SmallInteger, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from models.base import Base, UtcDateTime, document, key, long_text, serial, utc_now
@@ -23,6 +23,7 @@ class Job(Base):
     __table_args__ = (
         Index(None, "node", "state", "sequence"),
         Index(None, "instance_name", "state", "sequence"),
+        Index(None, "state", "retry_at"),
         Index(None, "finished_at"),
     )
 
@@ -37,10 +38,18 @@ class Job(Base):
     percent: Mapped[int] = mapped_column(SmallInteger, default=0)
     message: Mapped[str] = mapped_column(long_text(), default="")
     phases: Mapped[list[dict[str, Any]]] = mapped_column(document(), default=list)
+    priority: Mapped[int] = mapped_column(SmallInteger, default=0)
+    waits_on: Mapped[str | None] = mapped_column(key(16))
     waiting_for: Mapped[list[str]] = mapped_column(document(), default=list)
     live_migration: Mapped[dict[str, Any] | None] = mapped_column(document())
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     claimed_by: Mapped[str | None] = mapped_column(key(36), ForeignKey("incarnations.id"))
+    slot: Mapped[str | None] = mapped_column(key(16))
+    slot_taken: Mapped[bool] = mapped_column(Boolean, default=False)
+    after_failure: Mapped[str] = mapped_column(key(16), default="cancel")
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    retries: Mapped[int] = mapped_column(Integer, default=0)
+    retry_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     retry_of: Mapped[str | None] = mapped_column(key())
     result: Mapped[Any | None] = mapped_column(document())
     error: Mapped[dict[str, Any] | None] = mapped_column(document())
@@ -59,3 +68,12 @@ class InstanceLock(Base):
     job_id: Mapped[str] = mapped_column(key())
     node: Mapped[str] = mapped_column(key(63), ForeignKey("nodes.name"))
     taken_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+
+
+class JobParent(Base):
+    """A job that has to end before another may begin, on whichever node; it need not have been received yet."""
+
+    __tablename__ = "job_parents"
+
+    job_id: Mapped[str] = mapped_column(key(), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    parent_id: Mapped[str] = mapped_column(key(), primary_key=True, index=True)

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import structlog
 from celery import Task, shared_task
+from celery.exceptions import Ignore
 from sqlalchemy.exc import SQLAlchemyError
 
 from hostler.contract import ErrorCode, JobState, TaskName
 from hostler.errors import InvalidArgument, OperationFailed
-from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, Payload, instance_of, parse
-from tasks.reporting import Reporter
-from worker.errors import OperationError
+from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, SLOTS, JobArguments, instance_of, parse
+from tasks import outcome
+from worker.errors import Cancelled, Interrupted, OperationError
 from worker.operations.context import JobContext
-from worker.operations.ledger import Receipt, Wakeup
+from worker.operations.ledger import ATTEMPTS_MAX
+from worker.operations.receipts import Receipt
 from worker.operations.service import Service, current
 
 log = structlog.get_logger(__name__)
 
-LEDGER_RETRY_S = 1.0
 REFUSED_MAX = 4000
 """How much of arguments that were refused is kept, as text, for whoever looks into it."""
 
-P = TypeVar("P", bound=Payload)
+P = TypeVar("P", bound=JobArguments)
 Operation = Callable[[Service, JobContext, P], Any]
 OPERATIONS: dict[TaskName, Callable[..., Any]] = {}
 """Every task with the function that carries it out, for the documentation."""
-
-_reporters: list[Reporter] = []
 
 
 def operation(name: TaskName) -> Callable[[Operation[P]], Task]:
@@ -48,35 +46,27 @@ def operation(name: TaskName) -> Callable[[Operation[P]], Task]:
     return decorate
 
 
-def receipt_of(job_id: str, task: str, arguments: dict[str, Any]) -> Receipt:
-    """What the ledger records of a message; only jobs that change an instance hold it."""
-    instance = instance_of(arguments) if task in EXCLUSIVE_TASKS else None
-    return Receipt(job_id, task, _storable(task, arguments), instance)
+def receipt_of(job_id: str, task: str, arguments: dict[str, Any], priority: int = 0) -> Receipt:
+    """What the ledger records of a message.
 
-
-def _storable(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    Only jobs that change an instance hold it, and what will be refused waits for nobody.
+    """
     # JSON can say what a database cannot keep (NUL, lone surrogates, NaN); arguments that pass our checks never do.
     try:
-        parse(ARGUMENTS[TaskName(task)], arguments)
+        name = TaskName(task)
+        parsed = parse(ARGUMENTS[name], arguments)
     except (InvalidArgument, ValueError):
-        return {"refused": ascii(arguments)[:REFUSED_MAX]}
-    return arguments
-
-
-def use_reporter(reporter: Reporter | None) -> None:
-    """Make ``reporter`` the one of this process, or none."""
-    _reporters[:] = [reporter] if reporter else []
-
-
-def report(request: Any, state: JobState, meta: dict[str, Any]) -> None:
-    """Publish through the process's reporter."""
-    for reporter in _reporters:
-        reporter.report(request, state, meta)
-
-
-def wake(app: Any, wakeup: Wakeup) -> None:
-    """Send a job's message (again): same id, same arguments, to its node's queue."""
-    app.send_task(wakeup.task, kwargs=wakeup.arguments, task_id=wakeup.job_id, queue=f"node.{wakeup.node}")
+        return Receipt(job_id, task, {"refused": ascii(arguments)[:REFUSED_MAX]}, None, priority=priority)
+    return Receipt(
+        job_id,
+        task,
+        arguments,
+        instance_of(arguments) if name in EXCLUSIVE_TASKS else None,
+        slot=SLOTS.get(name),
+        priority=priority,
+        after=tuple(parsed.after),
+        after_failure=parsed.after_failure,
+    )
 
 
 def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -85,18 +75,37 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
         id=request.id,
         instance=instance_of(kwargs),
         node=service.node,
-        publish=lambda meta: report(request, JobState.PROGRESS, meta),
+        publish=lambda meta: outcome.report(request, JobState.PROGRESS, meta),
         attempt=getattr(request, "hostler_attempt", None) or 1,
     )
     ledger = service.node.ledger
     try:
-        result = function(service, job, _arguments(name, args, kwargs))
+        with service.running(job):
+            _give_up_if_tried_too_often(job)
+            result = function(service, job, _arguments(name, args, kwargs))
+    except Cancelled as exc:
+        message = exc.message
+        outcome.settle(task.app, job.id, lambda: ledger.revoke(job.id, message))
+        outcome.mark_revoked(task.app, job.id, message, request)
+        raise Ignore from None
     except Exception as exc:
         failure = as_failure(exc)
-        _settle(task, request.id, lambda: ledger.fail(request.id, _as_error(failure)))
+        if is_transient(exc) and outcome.postpone(service, request, failure):
+            raise Ignore from None
+        outcome.settle(task.app, job.id, lambda: ledger.fail(job.id, as_error(failure)))
         raise failure from None
-    _settle(task, request.id, lambda: ledger.succeed(request.id, result))
+    outcome.settle(task.app, job.id, lambda: ledger.succeed(job.id, result))
     return result
+
+
+def _give_up_if_tried_too_often(job: JobContext) -> None:
+    if job.attempt > ATTEMPTS_MAX:
+        phase = (job.earlier_phases() or ["received"])[-1]
+        raise Interrupted(
+            f"the worker died {job.attempt - 1} times while it carried out this job, last in phase {phase}; it is not "
+            "tried again by itself. See the worker's log for what kills it, then retry",
+            phase=phase,
+        )
 
 
 def _arguments(name: TaskName, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -105,11 +114,14 @@ def _arguments(name: TaskName, args: Any, kwargs: dict[str, Any]) -> Any:
     return parse(ARGUMENTS[name], kwargs)
 
 
+def is_transient(exc: Exception) -> bool:
+    """Whether a job that failed so is tried again by itself."""
+    return exc.transient if isinstance(exc, OperationError) else isinstance(exc, SQLAlchemyError)
+
+
 def as_failure(exc: Exception) -> OperationFailed:
     """Any exception as the one exception of the contract."""
-    if isinstance(exc, OperationFailed):
-        return OperationFailed(exc.code, exc.message, exc.details)
-    if isinstance(exc, OperationError):
+    if isinstance(exc, OperationError | OperationFailed):
         return OperationFailed(exc.code, exc.message, exc.details)
     if isinstance(exc, SQLAlchemyError):
         log.exception("database error in an operation")
@@ -119,26 +131,6 @@ def as_failure(exc: Exception) -> OperationFailed:
     return OperationFailed(ErrorCode.INTERNAL, f"{type(exc).__name__}: {exc}", {"retryable": False})
 
 
-def _as_error(failure: OperationFailed) -> dict[str, Any]:
+def as_error(failure: OperationFailed) -> dict[str, Any]:
+    """A failure as the ledger keeps it."""
     return {"code": failure.code, "message": failure.message, "details": failure.details}
-
-
-def _settle(task: Task, job_id: str, finish: Callable[[], Wakeup | None]) -> None:
-    """Record the end, however long the database is away, then wake the job that waited for this one."""
-    while True:
-        try:
-            wakeup = finish()
-            break
-        except LookupError:
-            log.error("a job ended whose row is gone", job=job_id)
-            return
-        except SQLAlchemyError as exc:
-            log.warning("the job's end could not be recorded; trying again", job=job_id, reason=str(exc))
-            time.sleep(LEDGER_RETRY_S)
-    for reporter in _reporters:
-        reporter.settle(job_id)
-    if wakeup:
-        try:
-            wake(task.app, wakeup)
-        except Exception as exc:
-            log.warning("a waiting job could not be woken; the heartbeat will", job=wakeup.job_id, reason=str(exc))

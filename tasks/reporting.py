@@ -15,13 +15,15 @@ from celery import Celery
 from celery.app.task import Context
 
 from hostler.contract import JobState
+from hostler.errors import OperationFailed
 
 log = structlog.get_logger(__name__)
 
 SETTLE_S = 2.0
 """How long a finished job waits for a report under way, so that it cannot overwrite the job's result."""
 
-Report = tuple[Context, str, dict[str, Any]]
+Meta = dict[str, Any] | OperationFailed
+Report = tuple[Context, JobState, Meta]
 
 
 class Reporter:
@@ -37,7 +39,7 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
-    def report(self, request: Context, state: JobState, meta: dict[str, Any]) -> None:
+    def report(self, request: Context, state: JobState, meta: Meta) -> None:
         """Publish ``meta`` soon; an older report of the same job that was not published yet is passed over."""
         with self._changed:
             self._pending[request.id] = (request, state, meta)
@@ -69,10 +71,11 @@ class Reporter:
             except Exception as exc:
                 log.warning("a job's progress could not be published", job=report[0].id, reason=str(exc))
 
-    def _publish(self, request: Context, state: str, meta: dict[str, Any]) -> None:
+    def _publish(self, request: Context, state: JobState, meta: Meta) -> None:
         backend = self._app.backend
         # The public store_result would retry through an outage, and hold up the reports of all other jobs.
         backend._store_result(request.id, backend.encode_result(meta, state), state, None, request=request)
         with self._app.events.default_dispatcher(hostname=self._hostname) as events:
             # Flower shows a task's `result` field, and no field of its own making.
-            events.send("task-progress", uuid=request.id, result=f"{meta['percent']} % {meta['message']}")
+            text = f"{meta['percent']} % {meta['message']}" if isinstance(meta, dict) else f"put off: {meta}"
+            events.send("task-progress", uuid=request.id, result=text)

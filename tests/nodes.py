@@ -35,7 +35,7 @@ DEADLINE_S = 30.0
 QEMU = shutil.which("qemu-system-x86_64") or "/usr/bin/qemu-system-x86_64"
 TICK_LINE = re.compile(rb"(?m)^" + TICK_PREFIX + rb"([0-9a-f]{8})\r\n")
 WORKER = (sys.executable, "-m", "hostler", "worker")
-CELERY_WORKER = (sys.executable, "-m", "celery", "-A", "worker", "worker")
+CELERY_WORKER = (sys.executable, "-m", "celery", "-A", "worker", "worker", "-l", "INFO")
 
 
 def until(look: Callable[[], T], deadline_s: float = DEADLINE_S, what: str = "") -> T:
@@ -342,7 +342,7 @@ class TestNode:
 
 def _output_of(pid: int) -> str:
     with suppress(OSError):
-        return os.readlink(f"/proc/{pid}/fd/1")
+        return str(Path(f"/proc/{pid}/fd/1").readlink())
     return ""
 
 
@@ -351,7 +351,7 @@ def _open_files(pid: int) -> list[str]:
     with suppress(OSError):
         for path in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):
-                found.append(os.readlink(path))
+                found.append(str(path.readlink()))
     return found
 
 

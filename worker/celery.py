@@ -7,4 +7,4 @@ from celery import Celery
 app = Celery("hostler", set_as_current=True)
 app.config_from_object("worker.celery_config")
 
-from worker import signals  # noqa: E402, F401  (connects its receivers)
+from worker import control, signals  # noqa: E402, F401  (connects its receivers and commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from kombu import Exchange, Queue
@@ -10,7 +11,8 @@ from kombu import Exchange, Queue
 from hostler import embedded
 from hostler.celery_options import shared_options
 from hostler.contract import queue_name
-from hostler.settings import Settings, load
+from hostler.errors import ServiceUnreachable
+from hostler.settings import Settings, SettingsError, load
 
 
 def node_options(settings: Settings) -> dict[str, Any]:
@@ -19,7 +21,7 @@ def node_options(settings: Settings) -> dict[str, Any]:
     options = shared_options(settings.effective_broker_url, settings.effective_result_backend)
     options["broker_transport_options"] |= _own_unacked(settings)
     return options | {
-        "include": ["tasks.instance", "tasks.node"],
+        "include": ["tasks.instance", "tasks.job", "tasks.node"],
         "task_queues": [Queue(queue, Exchange(queue), routing_key=queue)],
         "task_default_queue": queue,
         "task_default_exchange": queue,
@@ -58,6 +60,9 @@ def _own_unacked(settings: Settings) -> dict[str, Any]:
 # Celery lets these override what is configured; a node is told where its broker is by HOSTLER_BROKER_URL alone.
 for _name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"):
     os.environ.pop(_name, None)
-_settings = load()
-embedded.ensure(_settings)
+try:
+    _settings = load()
+    embedded.ensure(_settings)
+except (SettingsError, ServiceUnreachable) as exc:
+    sys.exit(f"hostler: {exc}")  # `celery -A worker` would show a person where in Celery this was read
 globals().update(node_options(_settings))

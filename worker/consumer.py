@@ -14,9 +14,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hostler.contract import ErrorCode, JobState
 from hostler.errors import OperationFailed
+from hostler.payloads import instance_of
 from models import utc_now
-from tasks.boundary import receipt_of, report
-from worker.operations.ledger import Decision, Verdict, is_job_id
+from tasks import outcome
+from tasks.boundary import receipt_of
+from worker.operations.receipts import Decision, Verdict, is_job_id
 from worker.operations.service import current
 
 log = structlog.get_logger(__name__)
@@ -68,6 +70,8 @@ class NodeConsumer(Consumer):
         task_ready(request)
         if decision.verdict is Verdict.WAIT:
             self._report_waiting(request, decision)
+        elif decision.verdict is Verdict.REVOKED:
+            outcome.mark_revoked(self.app, request.id, decision.message, request._context)
         else:
             log.info("dropped a duplicate delivery", job=request.id, task=request.name)
 
@@ -77,7 +81,8 @@ class NodeConsumer(Consumer):
             log.error("dropped a message whose id is not 1 to 255 visible ASCII characters", id=request.id)
             return Decision(Verdict.DROP)
         arguments = request.kwargs if isinstance(request.kwargs, dict) else {}
-        receipt = receipt_of(request.id, request.type, arguments)
+        priority = min(9, max(0, request.delivery_info.get("priority") or 0))
+        receipt = receipt_of(request.id, request.type, arguments, priority)
         while True:
             try:
                 return service.node.ledger.receive(receipt)
@@ -91,10 +96,10 @@ class NodeConsumer(Consumer):
         meta = {
             "phase": "waiting",
             "percent": 0,
-            "message": f"waiting for job {decision.waiting_for[0]}",
-            "instance": receipt_of(request.id, request.type, request.kwargs).instance_name,
+            "message": decision.message,
+            "instance": instance_of(request.kwargs),
             "node": current().node.name,
             "updated_at": utc_now().isoformat(),
             "waiting_for": list(decision.waiting_for),
         }
-        report(request._context, JobState.WAITING, meta)
+        outcome.report(request._context, JobState.WAITING, meta)

@@ -15,7 +15,7 @@ from hostler.contract import worker_name
 from hostler.errors import ServiceUnreachable
 from migrations.errors import SchemaError
 from models import DatabaseUnusable
-from tasks.boundary import use_reporter, wake
+from tasks import outcome
 from tasks.reporting import Reporter
 from worker import logs
 from worker.errors import OperationError
@@ -47,17 +47,18 @@ def _open(instance: Any, **_: Any) -> None:
 @signals.worker_ready.connect
 def _ready(sender: Any, **_: Any) -> None:
     service, app = current(), sender.app
-    use_reporter(Reporter(app, sender.hostname))
+    outcome.use_reporter(Reporter(app, sender.hostname))
+    outcome.repair_results(app, service)
     for wakeup in service.left_behind:
         log.info("continuing a job of the worker before", job=wakeup.job_id, task=wakeup.task)
-        wake(app, wakeup)
-    service.start_heart(lambda wakeup: wake(app, wakeup))
+        outcome.wake(app, wakeup)
+    service.start_heart(lambda ended: outcome.carry_out(app, ended))
     log.info("worker is ready", node=service.node.name, queue=f"node.{service.node.name}")
 
 
 @signals.worker_shutdown.connect
 def _close(**_: Any) -> None:
-    use_reporter(None)
+    outcome.use_reporter(None)
     current().close()
     set_current(None)
     log.info("worker ended; every guest runs on")

@@ -107,6 +107,7 @@ def _runtimes() -> None:
         _column("run_dir", sa.String(255)),
         _column("hardware", _document()),
         _column("taps", _document()),
+        _column("ending", _document(), nullable=True),
         _column("started_at", _time(), nullable=True),
         sa.PrimaryKeyConstraint("instance_name", name="pk_runtimes"),
         sa.UniqueConstraint("uuid", name="uq_runtimes_uuid"),

@@ -79,7 +79,7 @@ def result_of(result: AsyncResult) -> Any:
 @contextmanager
 def node_and_sender(name: str = "n1", **environment: str) -> Iterator[tuple[TestNode, Sender]]:
     """A node with its worker ready, and a bare client of its Redis."""
-    with node(name, **environment) as made:
+    with node(name, prefix=(), **environment) as made:
         made.start_worker()
         sender = Sender(made.settings.effective_broker_url)
         try:

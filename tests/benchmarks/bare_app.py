@@ -19,22 +19,23 @@ app = Celery("bare")
 app.conf.update(json.loads(Path(os.environ[BARE_OPTIONS]).read_text()))
 
 
-@app.task(name="noop")
 def noop() -> list[Any]:
     """Nothing, and the answer of a node without instances."""
     return []
 
 
-@app.task(name="repeat")
 def repeat(item: Any, times: int) -> list[Any]:
     """An answer of any size."""
     return [item] * times
 
 
-@worker_ready.connect
 def _ready(**_: Any) -> None:
     print(BARE_READY, flush=True)
 
+
+app.task(name="noop")(noop)
+app.task(name="repeat")(repeat)
+worker_ready.connect(_ready)
 
 if __name__ == "__main__":
     # As `hostler worker` does it. WARNING, because a node does not log every task either.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -34,7 +35,7 @@ def measure(runs: int = RUNS) -> Result:
 def _measure_on(database: str, runs: int, **environment: str) -> list[Figures]:
     with node_and_sender(**environment) as (node, sender), bare_worker(node):
         bare_task, job = ("noop", QUEUE), ("instance.list", "node.n1")
-        none = [{} for _ in range(BATCH)]
+        none: list[dict[str, Any]] = [{} for _ in range(BATCH)]
         for target in (bare_task, job):
             sender.timed_batch_ms(*target, none[:20])  # warm up
         one_by_one = [(sender.timed_ms(*bare_task), sender.timed_ms(*job)) for _ in range(runs)]

@@ -327,21 +327,6 @@ def test_a_start_whose_worker_is_killed_is_finished_by_the_next_one(n2: TestNode
 
 
 @pytest.mark.postgresql
-def test_a_job_that_kills_its_worker_each_time_is_given_up(n2: TestNode, gate: Gate) -> None:
-    with gate.shut(*before_phase("greeting")):
-        job = n2.send("instance.start", instance=tiny_instance(n2.root))
-        for _ in range(3):
-            gate.until_waiting()
-            n2.kill_worker()
-            # The dead worker's connection still waits at the gate, and would pass for the next one's.
-            n2.end_connections(gate)
-            n2.start_worker()
-        failed = until(lambda: job.error)
-    assert failed.code == "INTERNAL"
-    n2.nothing_is_left()
-
-
-@pytest.mark.postgresql
 @pytest.mark.parametrize(
     ("place", "how"),
     [

@@ -22,7 +22,7 @@ NIC_MODELS = {"paravirtual": "virtio-net-pci"}
 """The other nic_type words are QEMU's own device names."""
 
 IDE_UNITS = 4
-"""An i440FX machine has two IDE buses of two units; the CD drive takes the last."""
+"""An i440FX machine has two IDE buses of two units, a q35 at least four of one; the CD drive takes the fourth."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _disks(instance: Instance, host: HostPart) -> Iterator[Option]:
     for index, disk in enumerate(instance.disks):
         node = f"disk{index}"
         yield "-blockdev", _block_node(node, disk, hvparams.disk_cache, disk.path in host.block_devices)
-        device = _disk_device(hvparams.disk_type, index)
+        device = _disk_device(hvparams, index)
         device |= {"id": f"{node}-device", "drive": node}
         if disk.shared:
             device["share-rw"] = True
@@ -144,25 +144,26 @@ def _block_node(node: str, disk: Disk, cache: str, is_block_device: bool) -> dic
     }
 
 
-def _disk_device(disk_type: str, index: int) -> dict[str, Any]:
-    if disk_type == "ide":
-        return {"driver": "ide-hd", "bus": f"ide.{index // 2}", "unit": index % 2}
-    if disk_type == "scsi":
+def _disk_device(hvparams: HvParams, index: int) -> dict[str, Any]:
+    if hvparams.disk_type == "ide":
+        return {"driver": "ide-hd"} | _ide_place(hvparams, index)
+    if hvparams.disk_type == "scsi":
         return {"driver": "scsi-hd", "bus": "scsi0.0", "scsi-id": index}
     return {"driver": "virtio-blk-pci"}
+
+
+def _ide_place(hvparams: HvParams, unit: int) -> dict[str, Any]:
+    if "q35" in hvparams.machine_version:
+        return {"bus": f"ide.{unit}", "unit": 0}
+    return {"bus": f"ide.{unit // 2}", "unit": unit % 2}
 
 
 def _cdrom(hvparams: HvParams) -> Iterator[Option]:
     if hvparams.cdrom_image_path:
         file = {"driver": "file", "filename": hvparams.cdrom_image_path}
         yield "-blockdev", {"node-name": "cdrom0", "driver": "raw", "read-only": True, "file": file}
-        device: dict[str, Any] = {
-            "driver": "ide-cd",
-            "id": "cdrom0-device",
-            "drive": "cdrom0",
-            "bus": "ide.1",
-            "unit": 1,
-        }
+        device: dict[str, Any] = {"driver": "ide-cd", "id": "cdrom0-device", "drive": "cdrom0"}
+        device |= _ide_place(hvparams, IDE_UNITS - 1)
         if hvparams.boot_order == "cdrom" and not hvparams.kernel_path:
             device["bootindex"] = 1
         yield "-device", device

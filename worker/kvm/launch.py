@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostler.payloads import Instance
-from worker.errors import OperationError, QemuFailed, QmpLost
+from worker.errors import QemuFailed, QmpLost
 from worker.kvm.arguments import HostPart, build, render
 from worker.kvm.folder import GuestFolder
 from worker.kvm.process import QemuProcess
@@ -81,16 +81,17 @@ def greet(
     folder: GuestFolder,
     timeout_s: float,
     on_event: Callable[[Event], None],
+    check: Callable[[], None] = lambda: None,
 ) -> Monitor:
     """Connect to the QEMU just spawned.
 
     Raises QemuFailed with the last lines of its log when it ended, hung or talked nonsense. The process is left to the
-    caller in every case.
+    caller in every case. ``check`` is called while waiting; what it raises ends the waiting.
     """
     began = time.monotonic()
     try:
-        return Monitor.connect(loop, folder.qmp, timeout_s, on_event)
-    except OperationError as exc:
+        return Monitor.connect(loop, folder.qmp, timeout_s, on_event, check)
+    except (QmpLost, QemuFailed) as exc:
         # A process that dies closes its monitor a moment before it can be seen to have ended.
         ended = process.wait(1.0) if isinstance(exc, QmpLost) else process.wait(0)
         waited_s = time.monotonic() - began

@@ -11,18 +11,26 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, Runstate, StateError
-from qemu.qmp.error import ProtocolError, QMPError
+from qemu.qmp.error import ProtocolError
 
 from worker.errors import QemuFailed, QmpLost
 
 ANSWER_TIMEOUT_S = 10.0
 """Every command we send answers at once; a main loop that is silent for this long is stuck (dead storage, SIGSTOP)."""
 
+CHECK_S = 0.2
+"""How often a connection attempt looks whether it is still wanted."""
+
+HANG_UP_TIMEOUT_S = 5.0
+"""Closing a socket takes no time; only a loop that is stuck makes us go on without."""
+
+log = logging.getLogger(__name__)
 Event = dict[str, Any]
 T = TypeVar("T")
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # a guest's end is no error; what matters is raised
@@ -56,15 +64,30 @@ class Monitor:
         self._reader = loop.submit(self._read_events())
 
     @classmethod
-    def connect(cls, loop: EventLoop, path: Path, timeout_s: float, on_event: Callable[[Event], None]) -> Monitor:
+    def connect(
+        cls,
+        loop: EventLoop,
+        path: Path,
+        timeout_s: float,
+        on_event: Callable[[Event], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> Monitor:
         """Connect, read the greeting, negotiate. ``on_event`` is called in the loop's thread and must not block.
+
+        ``check`` is called several times a second meanwhile; what it raises ends the attempt.
 
         Raises QmpLost when QEMU hangs up or keeps silent, QemuFailed when what answers does not speak QMP. The process
         is not touched in either case.
         """
         client = QMPClient(path.parent.name)
         try:
-            loop.submit(_connect(client, str(path), timeout_s)).result(timeout_s + ANSWER_TIMEOUT_S)
+            connecting = loop.submit(_connect(client, str(path), timeout_s))
+            try:
+                while not futures.wait([connecting], CHECK_S).done:
+                    check()
+            finally:
+                connecting.cancel()
+            connecting.result()
         except TimeoutError:
             raise QmpLost(f"QEMU did not greet on its monitor within {timeout_s:g} s") from None
         except ConnectError as exc:
@@ -78,7 +101,7 @@ class Monitor:
     def version(self) -> str:
         """QEMU's version as it greeted, such as ``7.2.22``."""
         greeting = self._client.greeting
-        number = cast(dict[str, Any], greeting.QMP.version)["qemu"] if greeting else {}
+        number = cast(dict[str, Any], greeting.QMP.version).get("qemu", {}) if greeting else {}
         return ".".join(str(number.get(part, 0)) for part in ("major", "minor", "micro"))
 
     def execute(
@@ -122,15 +145,11 @@ class Monitor:
 
     def wait_closed(self, timeout_s: float) -> bool:
         """Wait until QEMU hung up and every event it had sent was delivered; False when the time ran out."""
-        with contextlib.suppress(TimeoutError):
-            self._reader.result(timeout_s)
-            return True
-        return False
+        return bool(futures.wait([self._reader], timeout_s).done)
 
     def close(self) -> None:
         """Hang up. The guest is not touched."""
-        with contextlib.suppress(TimeoutError, QMPError, EOFError, OSError):
-            self._loop.submit(self._client.disconnect()).result(5)
+        futures.wait([self._loop.submit(_hang_up(self._client))], HANG_UP_TIMEOUT_S)
         self._reader.cancel()
 
     async def _read_events(self) -> None:
@@ -140,17 +159,33 @@ class Monitor:
             event = asyncio.ensure_future(self._client.events.get())
             await asyncio.wait({event, closed}, return_when=asyncio.FIRST_COMPLETED)
             if event.done():
-                self._on_event(dict(event.result()))
+                self._deliver(dict(event.result()))
             else:
                 event.cancel()
         for left in self._client.events.clear():
-            self._on_event(dict(left))
-        with contextlib.suppress(QMPError, EOFError, OSError):
-            await self._client.disconnect()
+            self._deliver(dict(left))
+        await _hang_up(self._client)
+
+    def _deliver(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # whatever it is, it must not cost the next events
+            log.exception("an event of QEMU's could not be handled: %s", event)
 
 
 async def _connect(client: QMPClient, path: str, timeout_s: float) -> None:
-    await asyncio.wait_for(client.connect(path), timeout_s)
+    try:
+        await asyncio.wait_for(client.connect(path), timeout_s)
+    except AssertionError as exc:
+        # The library takes it for granted that a connection outlives its negotiation.
+        await _hang_up(client)
+        raise ConnectError("the connection ended with its negotiation", EOFError()) from exc
+
+
+async def _hang_up(client: QMPClient) -> None:
+    # It raises whatever ended the connection, which those who waited for an answer were told already.
+    with contextlib.suppress(Exception):
+        await client.disconnect()
 
 
 async def _within(work: Coroutine[Any, Any, T], timeout_s: float) -> T:

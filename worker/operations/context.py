@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +12,15 @@ from typing import Any
 
 from hostler.settings import Settings
 from models import Database, utc_now
+from worker.errors import Cancelled
 from worker.kvm import accelerator, emulator
 from worker.kvm.emulator import Features
 from worker.kvm.qmp import EventLoop
 from worker.network import scripts
 from worker.operations.ledger import Ledger
+
+CANCEL_POLL_S = 0.1
+"""How soon a job that waits hears of a cancel."""
 
 Publish = Callable[[dict[str, Any]], None]
 
@@ -33,7 +38,8 @@ class NodeContext:
     _probing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.database, self.settings.node, self.incarnation)
+        limits = {"start": self.settings.limit_starts}
+        self.ledger = Ledger(self.database, self.settings.node, self.incarnation, limits)
 
     @property
     def name(self) -> str:
@@ -76,17 +82,26 @@ class NodeContext:
 
 @dataclass
 class JobContext:
-    """The job an operation works for: where it records its phases before their side effects."""
+    """The job an operation works for: where it records its phases before their side effects, and hears of a cancel."""
 
     id: str
     instance: str | None
     node: NodeContext
     publish: Publish
     attempt: int = 1
+    current_phase: str = "received"
+    _cancel: threading.Event = field(default_factory=threading.Event, repr=False)
+    _committed: bool = False
+    _deciding: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def phase(self, phase: str, percent: int, message: str) -> None:
-        """Record in SQL, then tell whoever watches; the telling never waits and never fails the operation."""
+        """Record in SQL, then tell whoever watches; the telling never waits and never fails the operation.
+
+        Raises Cancelled, before anything is recorded, when the job was asked to give up and still can.
+        """
+        self.check_cancelled()
         stored = self.node.ledger.advance(self.id, phase, percent, message)
+        self.current_phase = phase
         self.publish(
             {
                 "phase": phase,
@@ -97,6 +112,33 @@ class JobContext:
                 "updated_at": utc_now().isoformat(),
             }
         )
+
+    def commit(self) -> None:
+        """From here on the job cannot be cancelled any more: it will finish. Raises Cancelled if it was just before."""
+        with self._deciding:
+            self.check_cancelled()
+            self._committed = True
+
+    def cancel(self) -> bool:
+        """Ask the job to give up; False when it is too late for that, and it will finish."""
+        with self._deciding:
+            if not self._committed:
+                self._cancel.set()
+            return not self._committed
+
+    def check_cancelled(self) -> None:
+        """Raises Cancelled when the job was asked to give up and still can."""
+        if self._cancel.is_set() and not self._committed:
+            raise Cancelled(f"cancelled in phase {self.current_phase}; what had been begun was undone")
+
+    def wait(self, event: threading.Event, timeout_s: float) -> bool:
+        """Whether ``event`` came within ``timeout_s``. Raises Cancelled soon after the job was asked to give up."""
+        deadline = time.monotonic() + timeout_s
+        while not event.wait(max(0.0, min(CANCEL_POLL_S, deadline - time.monotonic()))):
+            self.check_cancelled()
+            if time.monotonic() >= deadline:
+                return False
+        return True
 
     def earlier_phases(self) -> list[str]:
         """The phases an earlier attempt recorded, whose worker died; empty for a first attempt."""

@@ -8,6 +8,8 @@ from typing import Any
 from hostler.contract import InstanceState
 from worker.kvm.launch import describe_exit
 
+GUEST_SHUT_DOWN = "the guest shut down"
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -26,7 +28,7 @@ def judge(shutdown: dict[str, Any] | None, exit_status: int | None, *, killed_by
     """
     cause = str(shutdown.get("reason", "")) if shutdown else ""
     if cause == "guest-shutdown":
-        return Ending(InstanceState.STOPPED, "the guest shut down", "guest_shutdown")
+        return Ending(InstanceState.STOPPED, GUEST_SHUT_DOWN, "guest_shutdown")
     if killed_by_us:
         return Ending(InstanceState.STOPPED, "stopped by force", "killed")
     if cause == "guest-panic":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import structlog
@@ -97,9 +98,10 @@ class Guests:
         elif name in _BY_EVENT and self.get(guest.name) is guest:
             self._workers.submit(self.observe, guest)
 
-    def adopt(self, row: Runtime) -> Guest | None:
+    def adopt(self, row: Runtime, *, killed_by_us: bool) -> Guest | None:
         """Take over a guest whose worker is gone: None where its QEMU is gone too. The guest notices nothing.
 
+        ``killed_by_us`` says that the worker before was about to end it, or has begun to.
         A monitor that does not answer leaves the guest watched, and its state ``unknown``.
         """
         identity = identity_of(row)
@@ -107,6 +109,7 @@ class Guests:
         if process is None:
             return None
         guest = Guest(row.instance_name, row.uuid, process, GuestFolder(Path(row.run_dir)))
+        guest.killed_by_us = killed_by_us
         self.watch(guest)
         self.reconnect(guest)
         return guest
@@ -202,13 +205,17 @@ def identity_of(row: Runtime) -> ProcessIdentity | None:
 def release(node: NodeContext, name: str, uuid: str, ending: Ending) -> list[str]:
     """Give back all that a QEMU which has ended had of the host, and record why it ended. Safe to repeat.
 
-    The rows go last, so that a worker killed in between leaves a runtime for the next one to release.
-    Returns what was removed, for people to read.
+    The rows go last, so that a worker killed in between leaves a runtime for the next one to release, with its ending:
+    the first one recorded counts, because what it was judged by is removed. Returns what was removed, for people.
     """
-    with node.database.reading() as session:
-        row = session.scalar(select(Runtime).where(Runtime.instance_name == name, Runtime.uuid == uuid))
+    with node.database.transaction() as session:
+        row = session.scalar(
+            select(Runtime).where(Runtime.instance_name == name, Runtime.uuid == uuid).with_for_update()
+        )
         if row is None:
             return []
+        row.ending = row.ending or asdict(ending)
+        ending = Ending(**row.ending)
         spec, taps, folder = row.instance.spec, row.taps, GuestFolder(Path(row.run_dir))
     removed = [_disconnect(node, name, spec["tags"], tap) for tap in taps]
     if folder.remove():

@@ -1,87 +1,87 @@
 """The job ledger: Celery delivers, SQL decides.
 
 A message is a wake-up, the row is the job. Receipt and claim are one transaction, made before the message is
-acknowledged. Of the jobs that change one instance, one at a time holds the instance's lock; the others wait in the
-ledger, in the order they were sent, and cost no thread. Whoever gives the lock up hands it to the next.
+acknowledged. A job may have to wait, in the ledger and without a thread, on three things in this order:
 
-Rows are locked in one order, so that no two transactions wait for each other: the instance's lock, then jobs. A job is
-inserted under the lock, which makes its sequence number its place among the jobs of its instance.
+    parents    jobs it was told to come after, on whichever node
+    instance   the job that changes the same instance; one at a time, in the order they were received
+    limit      a free place in its class (starts, ...) on this node; by priority, then in order
+
+Whoever ends a job wakes those that waited on it. Locks are taken in one order (instance, node, jobs), so that two
+workers cannot hold each other up.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from datetime import timedelta
-from enum import Enum, auto
+import random
+import uuid
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from hostler.contract import FINAL_JOB_STATES, JobState
-from models import Database, InstanceLock, Job, utc_now
+from hostler.payloads import EXCLUSIVE_TASKS
+from models import Database, Incarnation, InstanceLock, Job, JobParent, Node, utc_now
+from worker.errors import InstanceBusy, UnknownJob, Unsupported
+from worker.operations.job_rows import (
+    INSTANCE,
+    LIMIT,
+    PARENTS,
+    ahead,
+    cancelled,
+    give_up_slot,
+    hand_on,
+    locked_lock,
+    locked_with_instance,
+    owned_job,
+    parents,
+    park,
+    revoke,
+    wakeup,
+)
+from worker.operations.patience import patient
+from worker.operations.receipts import CancelOutcome, Decision, Ended, Receipt, Verdict, Wakeup
 
-ATTEMPTS_MAX = 3
+ATTEMPTS_MAX = 5
 """A job whose worker died this often is not tried again: it may be what kills the worker."""
 
-INSERTS_MAX = 10
-"""How often a delivery looks again that met another worker's insert; once is rare."""
+RETRYABLE = frozenset({*EXCLUSIVE_TASKS})
+"""Jobs that only look are asked again, not retried."""
 
-_JOB_ID = re.compile(r"[\x21-\x7e]{1,255}")
+RETRIES_MAX = 6
+RETRY_MAX_S = 60
+"""Transient failures are ridden out for about two minutes; what lasts longer wants a person."""
+
+LAST_MOMENTS = timedelta(seconds=15)
+"""Before its last heartbeat a worker certainly lived; what it ended since may not have reached the result backend."""
+
+PREDECESSORS = 3
+
+INSERTS_MAX = 20
+"""Each round of a race for one id or one instance has a winner; twenty in a row are not lost to anybody."""
+
 CLAIMED = (JobState.STARTED, JobState.PROGRESS)
 
 
-class Verdict(Enum):
-    """What to do with a delivered message."""
-
-    RUN = auto()
-    WAIT = auto()
-    DROP = auto()
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a message asks for. ``instance_name`` is set for jobs that change that instance."""
-
-    job_id: str
-    task: str
-    arguments: dict[str, Any]
-    instance_name: str | None
-
-
-@dataclass(frozen=True)
-class Wakeup:
-    """A job whose message has to be sent (again): it now holds its instance, or its worker died."""
-
-    job_id: str
-    task: str
-    arguments: dict[str, Any]
-    node: str
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The verdict on a delivery; for ``WAIT`` with the jobs ahead."""
-
-    verdict: Verdict
-    waiting_for: tuple[str, ...] = ()
-    attempt: int = 0
-
-
-def is_job_id(value: str) -> bool:
-    """Whether ``value`` can be a job's id: 1 to 255 visible ASCII characters."""
-    return bool(_JOB_ID.fullmatch(value))
-
-
 class Ledger:
-    """The jobs of one node, as one worker incarnation sees and changes them."""
+    """The jobs of one node, as one worker incarnation sees and changes them.
 
-    def __init__(self, database: Database, node: str, incarnation: str) -> None:
+    ``limits`` is how many jobs of a class (``Receipt.slot``) may be under way on this node at once.
+    """
+
+    def __init__(
+        self, database: Database, node: str, incarnation: str, limits: Mapping[str, int] | None = None
+    ) -> None:
         self._database = database
         self._node = node
         self._incarnation = incarnation
+        self._limits = dict(limits or {})
+
+    # Receiving
 
     def receive(self, receipt: Receipt) -> Decision:
         """Record a delivery and decide: run it (then it is claimed), park it, or drop it as a duplicate.
@@ -90,6 +90,8 @@ class Ledger:
         """
         for _ in range(INSERTS_MAX):
             try:
+                if decision := self._wait_for_parents(receipt):
+                    return decision
                 with self._database.transaction() as session:
                     return self._decide(session, receipt)
             except IntegrityError as exc:
@@ -97,14 +99,37 @@ class Ledger:
                 conflict = exc
         raise conflict
 
+    def _wait_for_parents(self, receipt: Receipt) -> Decision | None:
+        """A transaction of its own, without the instance: a job that waits on others must not hold its instance up."""
+        if not receipt.after:
+            return None
+        with self._database.transaction() as session:
+            job = session.scalar(select(Job).where(Job.id == receipt.job_id).with_for_update())
+            if job is None:
+                job = self._insert(session, receipt)
+            elif job.waits_on != PARENTS or job.state != JobState.WAITING:
+                return None
+            still_open, failed = parents(session, job.id)
+            if failed and job.after_failure == "cancel":
+                return Decision(Verdict.REVOKED, message=revoke(job, f"job {failed[0]}, which it comes after, failed"))
+            if still_open:
+                return park(job, PARENTS, still_open)
+            job.state, job.waits_on = JobState.PENDING, None
+            return None
+
     def _decide(self, session: Session, receipt: Receipt) -> Decision:
         known = session.execute(select(Job.instance_name).where(Job.id == receipt.job_id)).first()
         holder = self._lock_instance(session, known.instance_name if known else receipt.instance_name, receipt.job_id)
-        job = _owned_job(session, receipt.job_id) if known else self._insert(session, receipt)
+        self._lock_node(session, receipt.slot)
+        job = owned_job(session, receipt.job_id) if known else self._insert(session, receipt)
         if job.node != self._node or job.claimed_by or job.state in FINAL_JOB_STATES:
             session.rollback()  # the lock too, where nobody had it
             return Decision(Verdict.DROP)
-        return self._park(session, job, holder) if holder else self._claim(job)
+        if holder:
+            return park(job, INSTANCE, [holder, *ahead(session, job)])
+        if not job.slot_taken and (running := self._class_is_full(session, job)):
+            return park(job, LIMIT, running)
+        return self._claim(job)
 
     def _insert(self, session: Session, receipt: Receipt) -> Job:
         job = Job(
@@ -114,8 +139,13 @@ class Ledger:
             instance_name=receipt.instance_name,
             arguments=receipt.arguments,
             state=JobState.PENDING,
+            slot=receipt.slot,
+            priority=receipt.priority,
+            after_failure=receipt.after_failure,
         )
         session.add(job)
+        session.flush()
+        session.add_all(JobParent(job_id=job.id, parent_id=parent) for parent in dict.fromkeys(receipt.after))
         session.flush()
         return job
 
@@ -123,41 +153,45 @@ class Ledger:
         """Take the instance for a job; the id of the job that holds it where that is another one."""
         if instance_name is None:
             return None
-        lock = _locked_lock(session, instance_name)
+        lock = locked_lock(session, instance_name)
         if lock is None:
             session.add(InstanceLock(instance_name=instance_name, job_id=job_id, node=self._node))
             session.flush()
             return None
         return lock.job_id if lock.job_id != job_id else None
 
-    @staticmethod
-    def _park(session: Session, job: Job, holder: str) -> Decision:
-        ahead = session.scalars(
-            select(Job.id)
-            .where(
-                Job.instance_name == job.instance_name,
-                Job.state == JobState.WAITING,
-                Job.sequence < job.sequence,
-            )
-            .order_by(Job.sequence)
-        )
-        job.state = JobState.WAITING
-        job.waiting_for = [holder, *ahead]
-        job.message = f"waiting for job {holder}"
-        return Decision(Verdict.WAIT, tuple(job.waiting_for))
+    def _lock_node(self, session: Session, slot: str | None) -> None:
+        # Decisions about a class's free places are made one after another.
+        if slot in self._limits:
+            session.get(Node, self._node, with_for_update=True)
+
+    def _class_is_full(self, session: Session, job: Job) -> list[str]:
+        """The jobs that fill the job's class; empty when there is a place, which the job then has."""
+        if job.slot not in self._limits:
+            return []
+        running = session.scalars(
+            select(Job.id).where(Job.node == self._node, Job.slot == job.slot, Job.slot_taken).order_by(Job.sequence)
+        ).all()
+        if len(running) >= self._limits[job.slot]:
+            return list(running)
+        job.slot_taken = True
+        return []
 
     def _claim(self, job: Job) -> Decision:
         job.state = JobState.STARTED
         job.claimed_by = self._incarnation
         job.attempts = (job.attempts or 0) + 1
         job.started_at = job.started_at or utc_now()
-        job.waiting_for = []
+        job.waits_on, job.waiting_for = None, []
         return Decision(Verdict.RUN, attempt=job.attempts)
 
+    # Running
+
+    @patient
     def advance(self, job_id: str, phase: str, percent: int, message: str) -> int:
         """Record a phase before its side effect. Returns the percentage as stored: it never falls."""
         with self._database.transaction() as session:
-            job = _owned_job(session, job_id)
+            job = owned_job(session, job_id)
             now = utc_now()
             job.state = JobState.PROGRESS
             job.phase, job.message = phase, message
@@ -171,44 +205,216 @@ class Ledger:
             phases = session.scalar(select(Job.phases).where(Job.id == job_id)) or []
             return [str(entry["phase"]) for entry in phases]
 
-    def succeed(self, job_id: str, result: Any) -> Wakeup | None:
-        """Record success. Returns the job that now holds the instance, for its message to be sent."""
+    # Ending
+
+    def succeed(self, job_id: str, result: Any) -> Ended:
+        """Record success. Returns what has to be done about the jobs that waited for it."""
         return self._finish(job_id, JobState.SUCCESS, result=result)
 
-    def fail(self, job_id: str, error: dict[str, Any]) -> Wakeup | None:
+    def fail(self, job_id: str, error: dict[str, Any]) -> Ended:
         """Record failure with ``{"code", "message", "details"}``. Returns as ``succeed`` does."""
         return self._finish(job_id, JobState.FAILURE, error=error)
 
+    def revoke(self, job_id: str, message: str) -> Ended:
+        """Record that a running job gave up because it was asked to, and undid what it had begun."""
+        return self._finish(job_id, JobState.REVOKED, error=cancelled(message))
+
     def _finish(
         self, job_id: str, state: JobState, *, result: Any = None, error: dict[str, Any] | None = None
-    ) -> Wakeup | None:
+    ) -> Ended:
         with self._database.transaction() as session:
-            instance_name = session.scalar(select(Job.instance_name).where(Job.id == job_id))
-            lock = _locked_lock(session, instance_name) if instance_name else None
-            job = _owned_job(session, job_id)
+            lock, job = locked_with_instance(session, job_id)
             job.state = state
             job.result, job.error = result, error
             job.finished_at = utc_now()
             if state == JobState.SUCCESS:
                 job.percent = 100
-            return self._hand_on(session, lock) if lock and lock.job_id == job_id else None
+            slot = give_up_slot(job)
+            ended = Ended(hand_on(session, lock, job_id))
+        return self._wake_others(job_id, slot, ended)
 
-    @staticmethod
-    def _hand_on(session: Session, lock: InstanceLock) -> Wakeup | None:
-        following = session.scalar(
+    def _wake_others(self, job_id: str, slot: str | None, ended: Ended) -> Ended:
+        """In transactions of their own; a worker killed in between leaves them to ``overdue``."""
+        if slot:
+            ended.wakeups += self._fill_class(slot)
+        with self._database.reading() as session:
+            children = session.scalars(
+                select(JobParent.job_id).join(Job, Job.id == JobParent.job_id)
+                .where(JobParent.parent_id == job_id, Job.state == JobState.WAITING, Job.waits_on == PARENTS)
+            ).all()  # fmt: skip
+        for child in children:
+            self._settle_child(child, ended)
+        return ended
+
+    def _settle_child(self, child: str, ended: Ended) -> None:
+        with self._database.transaction() as session:
+            job = owned_job(session, child)
+            still_open, failed = parents(session, child)
+            if job.state != JobState.WAITING or job.waits_on != PARENTS:
+                return
+            if failed and job.after_failure == "cancel":
+                revoke(job, f"job {failed[0]}, which it comes after, failed")
+                ended.revoked.append(child)
+            elif still_open:
+                job.waiting_for = still_open
+                return
+            else:
+                job.state, job.waits_on, job.waiting_for = JobState.PENDING, None, []
+                ended.wakeups.append(wakeup(job))
+                return
+        self._wake_others(child, None, ended)
+
+    def _fill_class(self, slot: str) -> list[Wakeup]:
+        """Give the free places of a class to those that wait longest, the more urgent first."""
+        if slot not in self._limits:
+            return []
+        with self._database.transaction() as session:
+            session.get(Node, self._node, with_for_update=True)
+            mine = select(Job).where(Job.node == self._node, Job.slot == slot)
+            taken = session.scalar(select(func.count()).select_from(mine.where(Job.slot_taken).subquery())) or 0
+            waiting = session.scalars(
+                mine.where(Job.state == JobState.WAITING, Job.waits_on == LIMIT)
+                .order_by(Job.priority.desc(), Job.sequence)
+                .limit(max(0, self._limits[slot] - taken))
+                .with_for_update()
+            ).all()
+            for job in waiting:
+                job.state, job.waits_on, job.waiting_for, job.slot_taken = JobState.PENDING, None, [], True
+            return [wakeup(job) for job in waiting]
+
+    # Cancelling and trying again
+
+    def cancel(self, job_id: str, message: str) -> tuple[CancelOutcome, Ended]:
+        """Revoke a job that has not begun, also one whose message is still on its way; ask one that runs to give up."""
+        for _ in range(INSERTS_MAX):
+            try:
+                with self._database.transaction() as session:
+                    lock, job = locked_with_instance(session, job_id, missing_ok=True)
+                    if job is None:
+                        self._insert_tombstone(session, job_id, message)
+                        return CancelOutcome.REVOKED, Ended()
+                    if job.state in FINAL_JOB_STATES:
+                        return CancelOutcome.FINISHED, Ended()
+                    if job.claimed_by:
+                        job.cancel_requested_at = utc_now()
+                        return CancelOutcome.REQUESTED, Ended()
+                    revoke(job, message)
+                    slot = give_up_slot(job)
+                    ended = Ended(hand_on(session, lock, job_id))
+                return CancelOutcome.REVOKED, self._wake_others(job_id, slot, ended)
+            except IntegrityError as exc:
+                conflict = exc
+        raise conflict
+
+    def _insert_tombstone(self, session: Session, job_id: str, message: str) -> None:
+        job = Job(id=job_id, node=self._node, task="unknown", arguments={}, state=JobState.PENDING)
+        revoke(job, message)
+        session.add(job)
+        session.flush()
+
+    def postpone(self, job_id: str, error: dict[str, Any]) -> datetime | None:
+        """Put a job whose attempt failed aside until later. It keeps its instance, and gives up its class's place.
+
+        The delay doubles with each retry and has jitter. None, and nothing changed, after RETRIES_MAX of them.
+        """
+        with self._database.transaction() as session:
+            job = owned_job(session, job_id)
+            if job.retries >= RETRIES_MAX:
+                return None
+            delay = timedelta(seconds=min(RETRY_MAX_S, 2**job.retries) * random.uniform(0.5, 1.5))  # noqa: S311
+            job.state, job.error, job.claimed_by = JobState.RETRY, error, None
+            job.retries += 1
+            job.retry_at = utc_now() + delay
+            job.message = f"attempt {job.attempts} failed ({error['code']}); again at {job.retry_at.isoformat()}"
+            slot, retry_at = give_up_slot(job), job.retry_at
+        if slot:
+            self._fill_class(slot)
+        return retry_at
+
+    def due(self) -> list[Wakeup]:
+        """The jobs that were put aside and whose time has come."""
+        with self._database.transaction() as session:
+            jobs = session.scalars(
+                select(Job)
+                .where(Job.node == self._node, Job.state == JobState.RETRY, Job.retry_at <= utc_now())
+                .order_by(Job.sequence)
+                .with_for_update()
+            ).all()
+            for job in jobs:
+                job.state, job.error = JobState.PENDING, None
+            return [wakeup(job) for job in jobs]
+
+    def next_retry_at(self) -> datetime | None:
+        """When the next job that was put aside is due; None when there is none."""
+        with self._database.reading() as session:
+            return session.scalar(
+                select(func.min(Job.retry_at)).where(Job.node == self._node, Job.state == JobState.RETRY)
+            )
+
+    def retry(self, job_id: str) -> Wakeup:
+        """A new job that repeats a failed or revoked one of this node, for its message to be sent.
+
+        Raises UnknownJob, and InstanceBusy while the job itself or an earlier retry of it has not ended.
+        """
+        with self._database.transaction() as session:
+            job = session.scalar(select(Job).where(Job.id == job_id, Job.node == self._node).with_for_update())
+            if job is None:
+                raise UnknownJob(job_id, self._node)
+            later = select(Job.id).where(Job.retry_of == job_id, Job.finished_at.is_(None))
+            if job.finished_at is None or (running := session.scalar(later)):
+                raise InstanceBusy(f"job {job_id if job.finished_at is None else running} has not ended yet")
+            if job.state == JobState.SUCCESS or "refused" in job.arguments or job.task not in RETRYABLE:
+                raise Unsupported(f"job {job_id} ({job.task}, {job.state}) cannot be retried: it succeeded, or its "
+                                  "arguments were refused; send a new job")  # fmt: skip
+            again = Job(
+                id=str(uuid.uuid4()),
+                node=self._node,
+                task=job.task,
+                instance_name=job.instance_name,
+                arguments={name: value for name, value in job.arguments.items() if name != "after"},
+                state=JobState.PENDING,
+                slot=job.slot,
+                priority=job.priority,
+                retry_of=job_id,
+            )
+            session.add(again)
+            session.flush()
+            return wakeup(again)
+
+    def retry_failed(self, since: datetime, limit: int) -> dict[str, Wakeup]:
+        """Retry each job of this node that failed since a time, where that can help and nobody did; old id to new."""
+        retried = select(Job.retry_of).where(Job.retry_of.is_not(None))
+        query = (
             select(Job)
-            .where(Job.instance_name == lock.instance_name, Job.state == JobState.WAITING)
+            .where(Job.node == self._node, Job.state == JobState.FAILURE, Job.finished_at >= since)
+            .where(Job.id.not_in(retried), Job.task.in_(RETRYABLE))
             .order_by(Job.sequence)
-            .limit(1)
-            .with_for_update()
+            .limit(limit)
         )
-        if following is None:
-            session.delete(lock)
-            return None
-        following.state = JobState.PENDING
-        following.waiting_for = []
-        lock.job_id, lock.node, lock.taken_at = following.id, following.node, utc_now()
-        return Wakeup(following.id, following.task, following.arguments, following.node)
+        with self._database.reading() as session:
+            failed = [job.id for job in session.scalars(query) if (job.error or {})["details"].get("retryable")]
+        return {job_id: self.retry(job_id) for job_id in failed}
+
+    # After a death
+
+    def unpublished(self) -> list[Job]:
+        """Jobs that ended in the last moments of the workers before, whose results may not have reached the backend."""
+        workers = (
+            select(Incarnation)
+            .where(Incarnation.node == self._node, Incarnation.id != self._incarnation)
+            .order_by(Incarnation.started_at.desc())
+            .limit(PREDECESSORS)
+        )
+        with self._database.reading() as session:
+            return [
+                job
+                for worker in session.scalars(workers).all()
+                for job in session.scalars(
+                    select(Job).where(
+                        Job.claimed_by == worker.id, Job.finished_at >= worker.heartbeat_at - LAST_MOMENTS
+                    )
+                )
+            ]
 
     def take_over(self) -> list[Wakeup]:
         """Free the jobs that dead predecessors of this node held, and name all that have to be woken.
@@ -225,7 +431,7 @@ class Ledger:
             ).all()
             for job in unfinished:
                 job.claimed_by, job.state = None, JobState.PENDING
-            return [Wakeup(job.id, job.task, job.arguments, job.node) for job in unfinished]
+            return [wakeup(job) for job in unfinished]
 
     def forgotten(self, older_than: timedelta) -> list[Wakeup]:
         """Jobs that wait for their message longer than a broker takes: it was lost, or never sent."""
@@ -233,15 +439,19 @@ class Ledger:
             Job.node == self._node, Job.state == JobState.PENDING, Job.updated_at < utc_now() - older_than
         )
         with self._database.reading() as session:
-            return [Wakeup(job.id, job.task, job.arguments, job.node) for job in session.scalars(query)]
+            return [wakeup(job) for job in session.scalars(query)]
 
-
-def _locked_lock(session: Session, instance_name: str) -> InstanceLock | None:
-    return session.get(InstanceLock, instance_name, with_for_update=True, populate_existing=True)
-
-
-def _owned_job(session: Session, job_id: str) -> Job:
-    job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
-    if job is None:
-        raise LookupError(f"job {job_id} is not in the ledger")
-    return job
+    def overdue(self) -> Ended:
+        """Jobs that wait on parents which have all ended, or on a class that has places: their waker died."""
+        ended = Ended()
+        with self._database.reading() as session:
+            waiting = session.scalars(
+                select(Job.id).where(
+                    Job.node == self._node, Job.state == JobState.WAITING, Job.waits_on == PARENTS
+                )
+            ).all()  # fmt: skip
+        for job_id in waiting:
+            self._settle_child(job_id, ended)
+        for slot in self._limits:
+            ended.wakeups += self._fill_class(slot)
+        return ended

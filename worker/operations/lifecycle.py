@@ -10,7 +10,7 @@ from hostler.payloads import Instance, InstanceView, RebootArguments, StopArgume
 from models import Instance as InstanceRow
 from worker.errors import AlreadyRunning, NotRunning, OperationError, TimedOut, UnknownInstance
 from worker.operations.context import JobContext, NodeContext
-from worker.operations.ending import Ending
+from worker.operations.ending import GUEST_SHUT_DOWN, Ending
 from worker.operations.guests import Guest, Guests, identity_of, release
 from worker.operations.start import build, choose_accelerator, finish_interrupted
 from worker.operations.views import instance_view
@@ -28,15 +28,15 @@ def stop(node: NodeContext, guests: Guests, job: JobContext, arguments: StopArgu
     A paused guest is resumed first when it is asked to shut down: a guest that does not run cannot. Raises
     UnknownInstance, and TimedOut under ``on_timeout="fail"`` (the guest then runs on).
     """
-    view = view_of(node, arguments.name)
     guest = guests.get(arguments.name)
+    view = view_of(node, arguments.name)  # in this order: of a guest that has just ended, the row tells all
     if guest is None:
-        return _already_stopped(view)
+        return _already_stopped(view, job)
     by_acpi = not arguments.force and _saved(node, arguments.name).hvparams.acpi
-    if by_acpi and _ask_to_shut_down(node, job, guest, arguments.timeout_s):
+    if by_acpi and _ask_to_shut_down(node, guests, job, guest, arguments.timeout_s):
         return _view(node, arguments.name, guest.ending.how if guest.ending else "guest_shutdown")
     if by_acpi and arguments.on_timeout == "fail":
-        _set_state(node, guest, InstanceState.RUNNING)
+        _take_back(node, guests, guest)
         raise TimedOut(
             f"{guest.name} did not shut down within {arguments.timeout_s:g} s; it still runs. "
             "Ask again, or stop it with force",
@@ -61,10 +61,12 @@ def reboot(node: NodeContext, guests: Guests, job: JobContext, arguments: Reboot
         raise NotRunning(f"Failed to reboot instance {arguments.name}: not running", state=view["state"])
     if guest and arguments.mode == "reset":
         job.phase("reset", 50, "pulling the reset line")
+        job.commit()
         guest.talk().reset()
         return view
     if guest:
-        _end_for_reboot(node, job, guest, arguments)
+        _end_for_reboot(node, guests, job, guest, arguments)
+    job.commit()
     job.phase("rebuild", 55, "starting the saved virtual hardware")
     instance = _saved(node, arguments.name)
     return build(node, guests, job, instance, accelerator=choose_accelerator(node, instance), paused=False)
@@ -75,6 +77,7 @@ def pause(node: NodeContext, guests: Guests, job: JobContext, name: str) -> Inst
     view_of(node, name)
     guest = guests.need(name)
     job.phase("pause", 50, "stopping the guest's processors")
+    job.commit()
     guest.talk().pause_vcpus()
     guests.observe(guest)
     return view_of(node, name)
@@ -85,6 +88,7 @@ def resume(node: NodeContext, guests: Guests, job: JobContext, name: str) -> Ins
     view_of(node, name)
     guest = guests.need(name)
     job.phase("resume", 50, "starting the guest's processors")
+    job.commit()
     guest.talk().continue_vcpus()
     guests.observe(guest)
     return view_of(node, name)
@@ -105,6 +109,7 @@ def cleanup(node: NodeContext, guests: Guests, job: JobContext, name: str) -> di
     if alive or guests.get(name):
         raise AlreadyRunning(f"Cannot cleanup a live instance: {name} runs; stop it first", state=row.state)
     job.phase("cleanup", 50, "removing what is left of the guest")
+    job.commit()
     removed = release(node, name, uuid, Ending(InstanceState.STOPPED, reason, "already_stopped"))
     with node.database.transaction() as session:
         session.get_one(InstanceRow, name, with_for_update=True).state = InstanceState.STOPPED
@@ -126,7 +131,7 @@ def _view(node: NodeContext, name: str, how: str) -> InstanceView:
     return view
 
 
-def _already_stopped(view: InstanceView) -> InstanceView:
+def _already_stopped(view: InstanceView, job: JobContext) -> InstanceView:
     if view["pid"] is not None:
         raise OperationError(
             f"{view['name']} has a runtime on record but this worker does not watch it; run "
@@ -134,6 +139,8 @@ def _already_stopped(view: InstanceView) -> InstanceView:
             state=view["state"],
         )
     view["how"] = "already_stopped"
+    if job.earlier_phases():  # this very job had begun to stop it when its worker died
+        view["how"] = "guest_shutdown" if view["reason"] == GUEST_SHUT_DOWN else "killed"
     return view
 
 
@@ -142,16 +149,34 @@ def _saved(node: NodeContext, name: str) -> Instance:
         return Instance.model_validate(session.get_one(InstanceRow, name).spec)
 
 
-def _ask_to_shut_down(node: NodeContext, job: JobContext, guest: Guest, timeout_s: float) -> bool:
+def _ask_to_shut_down(node: NodeContext, guests: Guests, job: JobContext, guest: Guest, timeout_s: float) -> bool:
+    """Whether the guest shut down in time. Raises Cancelled when the job is to give up; the guest then runs on."""
     job.phase("shutdown", 10, f"pressing the power button and waiting up to {timeout_s:g} s")
     _set_state(node, guest, InstanceState.STOPPING)
+    try:
+        return _press_until_it_ends(job, guest, timeout_s)
+    except OperationError:
+        _take_back(node, guests, guest)
+        raise
+
+
+def _press_until_it_ends(job: JobContext, guest: Guest, timeout_s: float) -> bool:
+    monitor = guest.talk()
+    if monitor.status() != "running":
+        monitor.continue_vcpus()
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         if not guest.ended.is_set():
             _press(guest)
-        if guest.ended.wait(min(PRESS_EVERY_S, left_s)):
+        if job.wait(guest.ended, min(PRESS_EVERY_S, left_s)):
             return True
     return False
+
+
+def _take_back(node: NodeContext, guests: Guests, guest: Guest) -> None:
+    """The guest is not being stopped any more: its state is what QEMU says."""
+    _set_state(node, guest, InstanceState.UNKNOWN)
+    guests.observe(guest)
 
 
 def _press(guest: Guest) -> None:
@@ -167,6 +192,7 @@ def _press(guest: Guest) -> None:
 
 def _kill(node: NodeContext, job: JobContext, guest: Guest) -> None:
     job.phase("kill", 60, "ending QEMU")
+    job.commit()
     _set_state(node, guest, InstanceState.STOPPING)
     guest.killed_by_us = True
     guest.process.kill()
@@ -174,11 +200,13 @@ def _kill(node: NodeContext, job: JobContext, guest: Guest) -> None:
         raise TimedOut(f"QEMU of {guest.name} has ended, but cleaning up after it takes too long; it goes on")
 
 
-def _end_for_reboot(node: NodeContext, job: JobContext, guest: Guest, arguments: RebootArguments) -> None:
+def _end_for_reboot(
+    node: NodeContext, guests: Guests, job: JobContext, guest: Guest, arguments: RebootArguments
+) -> None:
     if arguments.mode == "hard":
         _kill(node, job, guest)
-    elif not _ask_to_shut_down(node, job, guest, arguments.timeout_s):
-        _set_state(node, guest, InstanceState.RUNNING)
+    elif not _ask_to_shut_down(node, guests, job, guest, arguments.timeout_s):
+        _take_back(node, guests, guest)
         raise TimedOut(
             f"{guest.name} did not shut down within {arguments.timeout_s:g} s; it still runs. "
             "Ask again, or reboot it with mode=hard",

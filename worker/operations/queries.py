@@ -14,7 +14,7 @@ from hostler.contract import InstanceState
 from hostler.payloads import EXCLUSIVE_TASKS, Instance, InstanceView, JobListArguments
 from models import Instance as InstanceRow
 from models import Job
-from worker.errors import NotRunning, OperationError, UnknownInstance
+from worker.errors import NotRunning, OperationError, UnknownJob
 from worker.operations import checks
 from worker.operations.context import NodeContext
 from worker.operations.guests import RUN_STATES, Guests
@@ -103,18 +103,9 @@ def list_jobs(node: NodeContext, arguments: JobListArguments) -> list[dict[str, 
 
 
 def job_info(node: NodeContext, job_id: str) -> dict[str, Any]:
-    """One job with arguments, result and the history of its phases. Raises UnknownInstance for an unknown id."""
+    """One job with arguments, result and the history of its phases. Raises UnknownJob."""
     with node.database.reading() as session:
         row = session.scalar(select(Job).where(Job.id == job_id, Job.node == node.name))
         if row is None:
             raise UnknownJob(job_id, node.name)
         return job_view(row, whole=True)
-
-
-class UnknownJob(UnknownInstance):
-    """The node's ledger has no job of this id. Nothing was done."""
-
-    def __init__(self, job_id: str, node: str) -> None:
-        OperationError.__init__(
-            self, f"node {node} knows no job {job_id}; it was sent elsewhere, not received yet, or pruned"
-        )

@@ -28,30 +28,31 @@ def adopt_guests(node: NodeContext, guests: Guests) -> None:
     with node.database.reading() as session:
         rows = session.scalars(select(Runtime).where(Runtime.node == node.name)).all()
         states = {row.instance_name: row.instance.state for row in rows}
-        open_jobs = {
-            *session.scalars(select(Job.instance_name).where(Job.node == node.name, Job.finished_at.is_(None)))
-        }
+        unfinished = select(Job.instance_name, Job.phase).where(Job.node == node.name, Job.finished_at.is_(None))
+        open_jobs = {*session.execute(unfinished).tuples()}
+    changing = {name for name, _ in open_jobs}
     for row in rows:
-        if row.instance_name in open_jobs:
+        killed_by_us = (row.instance_name, "kill") in open_jobs
+        if row.instance_name in changing:
             if states[row.instance_name] == InstanceState.STARTING:
                 continue
         else:
             _forget_passing_state(node, row.instance_name)
-        if guests.adopt(row):
+        if guests.adopt(row, killed_by_us=killed_by_us):
             log.info("adopted a running guest", instance=row.instance_name, pid=row.pid)
         elif identity_of(row) is None:
-            ending = _how_it_ended(row)
+            ending = _how_it_ended(row, killed_by_us=killed_by_us)
             log.info("a guest ended while no worker ran", instance=row.instance_name, reason=ending.reason)
             release(node, row.instance_name, row.uuid, ending)
     _settle_starting(node)
 
 
-def _how_it_ended(row: Runtime) -> Ending:
+def _how_it_ended(row: Runtime, *, killed_by_us: bool) -> Ending:
     folder = GuestFolder(Path(row.run_dir))
     event = folder.last_event("SHUTDOWN")
     if event is None and row.boot_id != boot_id():
         return Ending(InstanceState.CRASHED, "the host was rebooted or lost power", "killed")
-    return judge(event["data"] if event else None, None, killed_by_us=False, log_tail=folder.log_tail())
+    return judge(event["data"] if event else None, None, killed_by_us=killed_by_us, log_tail=folder.log_tail())
 
 
 def _forget_passing_state(node: NodeContext, name: str) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from datetime import timedelta
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 
 import structlog
 
 from hostler import embedded
 from hostler.settings import Settings
 from migrations import schema
-from models import Database
+from models import Database, utc_now
 from worker.kvm.qmp import EventLoop
 from worker.operations import incarnation
-from worker.operations.context import NodeContext
+from worker.operations.context import JobContext, NodeContext
 from worker.operations.guests import Guests
 from worker.operations.incarnation import NodeLock
-from worker.operations.ledger import Wakeup
+from worker.operations.receipts import Ended, Wakeup
 from worker.operations.reconcile import adopt_guests
 
 log = structlog.get_logger(__name__)
@@ -34,8 +36,12 @@ class Service:
         self.node = node
         self.guests = guests
         self.left_behind = left_behind
+        self.unpublished = node.ledger.unpublished()
         self._lock = lock
+        self._jobs: dict[str, JobContext] = {}
         self._stopping = threading.Event()
+        self._nudged = threading.Event()
+        self._retry_at = node.ledger.next_retry_at()
         self._heart: threading.Thread | None = None
 
     @classmethod
@@ -60,25 +66,64 @@ class Service:
         adopt_guests(node, guests)
         return cls(node, guests, lock, left_behind)
 
-    def start_heart(self, wake: Callable[[Wakeup], None]) -> None:
-        """Beat until ``close``; ``wake`` sends a job's message again."""
-        self._heart = threading.Thread(target=self._beat, args=(wake,), name="heartbeat", daemon=True)
+    @contextmanager
+    def running(self, job: JobContext) -> Iterator[None]:
+        """Keep a job within reach of ``cancel_running`` while it is carried out."""
+        self._jobs[job.id] = job
+        try:
+            yield
+        finally:
+            self._jobs.pop(job.id, None)
+
+    def cancel_running(self, job_id: str) -> dict[str, str]:
+        """Ask a running job to give up; the answer has ``outcome`` and ``message``."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return {"outcome": "running", "message": "it runs on another node, or is just ending"}
+        if job.cancel():
+            return {"outcome": "requested", "message": f"it gives up in phase {job.current_phase} and undoes its work"}
+        return {"outcome": "too_late", "message": f"too late: {job.current_phase}, it will finish"}
+
+    def expect_retry(self, at: datetime) -> None:
+        """A job was put off until ``at``: wake it then."""
+        self._retry_at = min(at, self._retry_at or at)
+        self._nudged.set()
+
+    def start_heart(self, carry_out: Callable[[Ended], None]) -> None:
+        """Beat until ``close``; ``carry_out`` sends the messages of jobs to wake."""
+        self._heart = threading.Thread(target=self._beat, args=(carry_out,), name="heartbeat", daemon=True)
         self._heart.start()
 
-    def _beat(self, wake: Callable[[Wakeup], None]) -> None:
-        while not self._stopping.wait(HEARTBEAT_S):
+    def _beat(self, carry_out: Callable[[Ended], None]) -> None:
+        beat_at = 0.0
+        while not self._stopping.is_set():
             try:
-                embedded.ensure(self.node.settings)
-                incarnation.beat(self.node.database, self.node.incarnation)
-                self.guests.tend()
-                for wakeup in self.node.ledger.forgotten(FORGOTTEN_AFTER):
-                    wake(wakeup)
+                if self._retry_at and self._retry_at <= utc_now():
+                    carry_out(Ended(self.node.ledger.due()))
+                    self._retry_at = self.node.ledger.next_retry_at()
+                if time.monotonic() >= beat_at:
+                    beat_at = time.monotonic() + HEARTBEAT_S
+                    self._tend(carry_out)
             except Exception as exc:
                 log.warning("heartbeat failed; trying again", reason=str(exc))
+            self._nudged.wait(self._pause_s(beat_at))
+            self._nudged.clear()
+
+    def _pause_s(self, beat_at: float) -> float:
+        until_retry_s = (self._retry_at - utc_now()).total_seconds() if self._retry_at else HEARTBEAT_S
+        return max(0.05, min(until_retry_s, beat_at - time.monotonic()))
+
+    def _tend(self, carry_out: Callable[[Ended], None]) -> None:
+        embedded.ensure(self.node.settings)
+        incarnation.beat(self.node.database, self.node.incarnation)
+        self.guests.tend()
+        carry_out(self.node.ledger.overdue())
+        carry_out(Ended(self.node.ledger.forgotten(FORGOTTEN_AFTER)))
 
     def close(self) -> None:
         """End this incarnation. Every guest runs on."""
         self._stopping.set()
+        self._nudged.set()
         if self._heart:
             self._heart.join(timeout=10)
         self.guests.close()

@@ -92,9 +92,11 @@ def build(
             guest.folder,
             node.settings.qemu_timeout_s,
             lambda event: guests.on_event(guest, event),
+            job.check_cancelled,
         )
         undo.callback(guest.monitor.close)
         job.phase("continue", 80, "starting the guest's processors" if not paused else "leaving the guest paused")
+        job.commit()
         if not paused:
             guest.monitor.continue_vcpus()
         job.phase("record", 90, "recording the running guest")
@@ -191,7 +193,7 @@ def _open_network(attempt: _Attempt, undo: ExitStack) -> None:
         tap_name = attempt.taps[index].name
         env = scripts.environment(attempt.instance.name, attempt.instance.tags, index, nic, tap_name)
         undo.callback(_ifdown, attempt.node, tap_name, env)
-        scripts.run(attempt.node.ifup, tap_name, env)
+        scripts.run(attempt.node.ifup, tap_name, env, check=attempt.job.check_cancelled)
 
 
 def _ifdown(node: NodeContext, tap: str, env: dict[str, str]) -> None:

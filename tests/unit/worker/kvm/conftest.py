@@ -41,7 +41,7 @@ def qemu_binary() -> Path:
 
 
 @pytest.fixture
-def qemu(qemu_binary: Path, short_dir: Path) -> Iterator[Callable[..., "subprocess.Popen[bytes]"]]:
+def qemu(qemu_binary: Path, short_dir: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts a QEMU without a guest, its monitor at the given socket, gone at the test's end."""
     running: list[subprocess.Popen[bytes]] = []
 

@@ -11,7 +11,8 @@ from sqlalchemy import select
 
 from models import Database, Incarnation, InstanceLock, Job, Node
 from worker.kvm.process import ProcessIdentity
-from worker.operations.ledger import Decision, Ledger, Receipt, Verdict, Wakeup
+from worker.operations.ledger import Ledger
+from worker.operations.receipts import Decision, Ended, Receipt, Verdict, Wakeup
 
 
 def ledger_of(database: Database, node: str = "n1") -> Ledger:
@@ -43,6 +44,22 @@ def again(wakeup: Wakeup) -> Receipt:
     return Receipt(wakeup.job_id, wakeup.task, wakeup.arguments, wakeup.arguments.get("name"))
 
 
+def succeed(ledger: Ledger, job_id: str, result: Any = None) -> Wakeup | None:
+    """End a job well; the job to be woken, of which there is at most one where instances alone are waited for."""
+    return _only(ledger.succeed(job_id, result))
+
+
+def fail(ledger: Ledger, job_id: str, error: dict[str, Any]) -> Wakeup | None:
+    """End a job badly; as ``succeed``."""
+    return _only(ledger.fail(job_id, error))
+
+
+def _only(ended: Ended) -> Wakeup | None:
+    assert len(ended.wakeups) <= 1
+    assert ended.revoked == []
+    return ended.wakeups[0] if ended.wakeups else None
+
+
 def row(database: Database, job_id: str) -> Job:
     with database.reading() as session:
         return session.scalars(select(Job).where(Job.id == job_id)).one()
@@ -63,4 +80,5 @@ DROP = Decision(Verdict.DROP)
 
 
 def wait(*ahead: str) -> Decision:
-    return Decision(Verdict.WAIT, ahead)
+    others = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
+    return Decision(Verdict.WAIT, ahead, message=f"waits for job {ahead[0]}{others}")

@@ -9,8 +9,20 @@ import pytest
 from sqlalchemy import func, select, update
 
 from models import Database, Job, utc_now
-from tests.unit.worker.operations.ledgers import DROP, RUN, again, ids, ledger_of, locks, receipt, row, wait
-from worker.operations.ledger import Decision, Verdict, is_job_id
+from tests.unit.worker.operations.ledgers import (
+    DROP,
+    RUN,
+    again,
+    fail,
+    ids,
+    ledger_of,
+    locks,
+    receipt,
+    row,
+    succeed,
+    wait,
+)
+from worker.operations.receipts import Decision, Verdict, is_job_id
 
 ERROR = {"code": "NOT_RUNNING", "message": "web1 is not running", "details": {"retryable": False}}
 LONG_AGO = timedelta(hours=1)
@@ -45,7 +57,7 @@ def test_a_job_of_a_busy_instance_is_parked_and_says_what_it_waits_for(database:
     ledger.receive(receipt("j1"))
     assert ledger.receive(receipt("j2")) == wait("j1")
     job = row(database, "j2")
-    assert (job.state, job.waiting_for, job.message) == ("WAITING", ["j1"], "waiting for job j1")
+    assert (job.state, job.waiting_for, job.message) == ("WAITING", ["j1"], "waits for job j1")
     assert (job.claimed_by, job.attempts, job.started_at) == (None, 0, None)
 
 
@@ -77,7 +89,7 @@ def test_the_longest_id_and_name_and_any_text_are_kept_whole(database: Database)
     text = "snow ❄, rocket 🚀, quote ' \" \\ %s :x\n" * 4000
     assert ledger.receive(receipt(job_id, name, text=text)) == RUN
     ledger.advance(job_id, "spawn", 10, text)
-    ledger.fail(job_id, ERROR | {"message": text})
+    fail(ledger, job_id, ERROR | {"message": text})
     job = row(database, job_id)
     assert job.instance_name == name
     assert (job.arguments["text"], job.message, job.phases[0]["message"]) == (text, text, text)
@@ -117,7 +129,7 @@ def test_a_second_delivery_of_a_running_job_is_dropped_and_changes_nothing(datab
 def test_a_second_delivery_of_a_finished_job_is_dropped_and_its_end_stays(database: Database, state: str) -> None:
     ledger = ledger_of(database)
     ledger.receive(receipt("j1"))
-    ledger.succeed("j1", {"name": "web1"}) if state == "SUCCESS" else ledger.fail("j1", ERROR)
+    succeed(ledger, "j1", {"name": "web1"}) if state == "SUCCESS" else fail(ledger, "j1", ERROR)
     finished_at = row(database, "j1").finished_at
     assert ledger.receive(receipt("j1", other="arguments")) == DROP
     job = row(database, "j1")
@@ -131,7 +143,7 @@ def test_a_second_delivery_of_a_parked_job_leaves_it_where_it_stands(database: D
         ledger.receive(receipt(job_id))
     assert ledger.receive(receipt("j2")) == wait("j1")
     assert row(database, "j3").waiting_for == ["j1", "j2"]
-    handed_on = ledger.succeed("j1", None)
+    handed_on = succeed(ledger, "j1")
     assert handed_on and handed_on.job_id == "j2"
 
 
@@ -139,7 +151,7 @@ def test_a_job_whose_turn_it_is_runs_once_whichever_of_its_messages_comes_first(
     ledger = ledger_of(database)
     ledger.receive(receipt("j1"))
     ledger.receive(receipt("j2"))
-    handed_on = ledger.succeed("j1", None)
+    handed_on = succeed(ledger, "j1")
     assert handed_on
     assert ledger.receive(receipt("j2")) == RUN
     assert ledger.receive(again(handed_on)) == DROP
@@ -160,7 +172,7 @@ def test_jobs_of_one_instance_run_in_the_order_they_came_and_the_last_gives_the_
     for job_id in sent:
         ledger.receive(receipt(job_id))
     ran = ["e"]
-    while wakeup := ledger.succeed(ran[-1], None) if len(ran) % 2 else ledger.fail(ran[-1], ERROR):
+    while wakeup := succeed(ledger, ran[-1]) if len(ran) % 2 else fail(ledger, ran[-1], ERROR):
         assert (row(database, wakeup.job_id).state, row(database, wakeup.job_id).waiting_for) == ("PENDING", [])
         assert locks(database) == {"web1": wakeup.job_id}
         assert ledger.receive(again(wakeup)) == RUN
@@ -173,7 +185,7 @@ def test_a_newcomer_does_not_overtake_a_job_that_was_handed_the_instance_and_not
     ledger = ledger_of(database)
     ledger.receive(receipt("j1"))
     ledger.receive(receipt("j2"))
-    ledger.succeed("j1", None)
+    succeed(ledger, "j1")
     assert ledger.receive(receipt("j3")) == wait("j2")
 
 
@@ -181,12 +193,12 @@ def test_the_lock_is_handed_to_the_next_job_even_when_that_is_another_nodes(data
     n1, n2 = ledger_of(database, "n1"), ledger_of(database, "n2")
     n1.receive(receipt("j1"))
     assert n2.receive(receipt("j2", mode="live")) == wait("j1")
-    wakeup = n1.succeed("j1", None)
+    wakeup = succeed(n1, "j1")
     assert wakeup and (wakeup.job_id, wakeup.node) == ("j2", "n2")
     assert wakeup.arguments == {"name": "web1", "mode": "live"}
     assert n1.receive(again(wakeup)) == DROP
     assert n2.receive(again(wakeup)) == RUN
-    assert n2.succeed("j2", None) is None
+    assert succeed(n2, "j2") is None
 
 
 def test_the_end_of_a_job_without_an_instance_wakes_nobody(database: Database) -> None:
@@ -194,7 +206,7 @@ def test_the_end_of_a_job_without_an_instance_wakes_nobody(database: Database) -
     ledger.receive(receipt("j1"))
     ledger.receive(receipt("j2"))
     ledger.receive(receipt("list", None))
-    assert ledger.succeed("list", []) is None
+    assert succeed(ledger, "list", []) is None
     assert row(database, "j2").state == "WAITING"
 
 
@@ -217,7 +229,7 @@ def test_the_percentage_never_falls(database: Database) -> None:
     ledger = ledger_of(database)
     ledger.receive(receipt("j1"))
     assert [ledger.advance("j1", "x", percent, "") for percent in (20, 60, 5, 60, 61)] == [20, 60, 60, 60, 61]
-    ledger.fail("j1", ERROR)
+    fail(ledger, "j1", ERROR)
     assert row(database, "j1").percent == 61
 
 
@@ -225,7 +237,7 @@ def test_the_percentage_never_falls(database: Database) -> None:
 def test_success_is_recorded_with_its_result_at_100_percent(database: Database, result: Any) -> None:
     ledger = ledger_of(database)
     ledger.receive(receipt("j1"))
-    ledger.succeed("j1", result)
+    succeed(ledger, "j1", result)
     job = row(database, "j1")
     assert (job.state, job.percent, job.error) == ("SUCCESS", 100, None)
     assert job.result == result
@@ -236,7 +248,7 @@ def test_failure_is_recorded_with_its_error(database: Database) -> None:
     ledger = ledger_of(database)
     ledger.receive(receipt("j1"))
     ledger.advance("j1", "pause", 50, "stopping")
-    ledger.fail("j1", ERROR)
+    fail(ledger, "j1", ERROR)
     job = row(database, "j1")
     assert (job.state, job.phase, job.percent, job.error, job.result) == ("FAILURE", "pause", 50, ERROR, None)
     assert job.finished_at
@@ -247,9 +259,9 @@ def test_a_job_that_is_not_in_the_ledger_cannot_advance_or_end(database: Databas
     with pytest.raises(LookupError, match="job j1 is not in the ledger"):
         ledger.advance("j1", "pause", 50, "")
     with pytest.raises(LookupError, match="job j1 is not in the ledger"):
-        ledger.succeed("j1", None)
+        succeed(ledger, "j1")
     with pytest.raises(LookupError, match="job j1 is not in the ledger"):
-        ledger.fail("j1", ERROR)
+        fail(ledger, "j1", ERROR)
     assert ledger.phases_of("j1") == []
     assert jobs(database) == 0
 
@@ -259,7 +271,7 @@ def test_the_next_worker_takes_over_what_its_predecessor_held_with_phases_and_lo
     for job_id, instance in (("j1", "web1"), ("parked", "web1"), ("j2", "web2"), ("done", "web3"), ("list", None)):
         dead.receive(receipt(job_id, instance))
     dead.advance("j1", "spawn", 45, "starting QEMU")
-    dead.succeed("done", {"name": "web3"})
+    succeed(dead, "done", {"name": "web3"})
     heir = ledger_of(database)
     taken = heir.take_over()
     assert ids(taken) == ["j1", "j2", "list"]
@@ -270,7 +282,7 @@ def test_the_next_worker_takes_over_what_its_predecessor_held_with_phases_and_lo
     assert heir.phases_of("j1") == ["spawn"]
     job = row(database, "j1")
     assert (job.state, job.attempts, job.percent) == ("STARTED", 2, 45)
-    handed_on = heir.succeed("j1", None)
+    handed_on = succeed(heir, "j1")
     assert handed_on and handed_on.job_id == "parked"
     assert row(database, "done").state == "SUCCESS"
 
@@ -288,7 +300,7 @@ def test_a_job_that_was_handed_the_instance_and_never_woken_is_taken_over_too(da
     dead = ledger_of(database)
     dead.receive(receipt("j1"))
     dead.receive(receipt("j2"))
-    dead.succeed("j1", None)
+    succeed(dead, "j1")
     heir = ledger_of(database)
     assert ids(heir.take_over()) == ["j2"]
     assert heir.receive(receipt("j2")) == RUN
@@ -308,7 +320,7 @@ def test_a_message_that_does_not_come_is_asked_for_after_a_while_by_its_own_node
     n1.receive(receipt("j1"))
     n2.receive(receipt("j2"))
     n2.receive(receipt("j3"))
-    n1.succeed("j1", None)  # j2 has the instance now; its message is lost
+    succeed(n1, "j1")  # j2 has the instance now; its message is lost
     assert n2.forgotten(timedelta(seconds=30)) == []
     for job_id in ("j1", "j2", "j3"):
         age(database, job_id, LONG_AGO)
@@ -321,7 +333,7 @@ def test_what_runs_waits_or_is_done_is_never_called_forgotten(database: Database
     for job_id, instance in (("runs", "web1"), ("waits", "web1"), ("works", "web2"), ("done", "web3")):
         ledger.receive(receipt(job_id, instance))
     ledger.advance("works", "pause", 50, "")
-    ledger.succeed("done", None)
+    succeed(ledger, "done")
     for job_id in ("runs", "waits", "works", "done"):
         age(database, job_id, LONG_AGO)
     assert ledger.forgotten(timedelta(seconds=30)) == []

@@ -15,9 +15,10 @@ import pytest
 from sqlalchemy import select
 
 from models import Database, Job
-from tests.unit.worker.operations.ledgers import again, ledger_of, locks, receipt, row
+from tests.unit.worker.operations.ledgers import again, ledger_of, locks, receipt, row, succeed
 from tests.unit.worker.operations.racers import DEADLINE_S, racer, receive_at_once
-from worker.operations.ledger import Ledger, Receipt, Verdict, Wakeup
+from worker.operations.ledger import Ledger
+from worker.operations.receipts import Receipt, Verdict, Wakeup
 
 ROUNDS = [f"web{number}" for number in range(50)]
 Verdicts = dict[str, list[str]]
@@ -71,10 +72,10 @@ def test_of_two_nodes_that_want_an_instance_at_once_one_gets_it_and_the_other_ge
         assert set(found) == {"RUN", "WAIT"}, (instance, verdicts)
         winner, loser = found["RUN"], found["WAIT"]
         assert row(database, f"{instance}-{loser}").waiting_for == [f"{instance}-{winner}"]
-        wakeup = nodes[winner].succeed(f"{instance}-{winner}", None)
+        wakeup = succeed(nodes[winner], f"{instance}-{winner}")
         assert wakeup and (wakeup.job_id, wakeup.node) == (f"{instance}-{loser}", loser)
         assert nodes[loser].receive(again(wakeup)).verdict is Verdict.RUN
-        assert nodes[loser].succeed(wakeup.job_id, None) is None
+        assert succeed(nodes[loser], wakeup.job_id) is None
     assert locks(database) == {}
 
 
@@ -99,7 +100,7 @@ def test_a_job_parked_while_the_holder_ends_is_never_forgotten(database: Databas
 
     def end(instance: str) -> Wakeup | None:
         start.wait(DEADLINE_S)
-        return n1.succeed(f"{instance}-1", None)
+        return succeed(n1, f"{instance}-1")
 
     def deliver(instance: str) -> Verdict:
         start.wait(DEADLINE_S)
@@ -122,7 +123,7 @@ def test_a_second_message_of_the_job_that_is_next_does_not_entangle_with_the_end
 
     def end(instance: str) -> Wakeup | None:
         start.wait(DEADLINE_S)
-        return n1.succeed(f"{instance}-1", None)
+        return succeed(n1, f"{instance}-1")
 
     def deliver(instance: str) -> Verdict:
         start.wait(DEADLINE_S)
@@ -175,7 +176,7 @@ class Site:
         ledger.advance(message.job_id, "pause", 50, "")
         with self.lock:
             self.running.remove(instance)
-        if wakeup := ledger.succeed(message.job_id, {"name": instance}):
+        if wakeup := succeed(ledger, message.job_id, {"name": instance}):
             self.send(wakeup.node, again(wakeup))
 
 

@@ -1,0 +1,151 @@
+"""QEMU's command line against golden files. That QEMU takes each line is shown by tests/node/test_golden_lines.py.
+
+``UPDATE_GOLDEN=1 pytest tests/unit/worker/kvm/test_arguments.py`` writes the files anew; read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from hostler.hvparams import HvParams
+from hostler.payloads import Disk, Nic
+from tests.unit.worker.kvm.golden_cases import (
+    BINARY,
+    CASES,
+    GOLDEN,
+    ODD_NAME,
+    PLACE,
+    UUID,
+    Case,
+    disks,
+    golden_file,
+    nics,
+    to_argv,
+    to_text,
+)
+from worker.kvm.arguments import render
+
+VALUES = [case.instance for case in CASES.values()]
+
+
+def options_of(case: Case, name: str) -> list[Any]:
+    return [value for option, value in case.options if option == name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_line_is_as_its_golden_file_has_it(name: str) -> None:
+    file = golden_file(name)
+    text = to_text(CASES[name].options)
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        file.write_text(text)
+    assert file.is_file(), "no golden file; UPDATE_GOLDEN=1 writes it"
+    assert text == file.read_text()
+
+
+def test_there_is_no_golden_file_without_a_case() -> None:
+    assert {path.name for path in GOLDEN.iterdir()} == {golden_file(name).name for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_golden_file_read_back_is_the_argv(name: str) -> None:
+    options = CASES[name].options
+    assert [BINARY, *to_argv(to_text(options))] == render(BINARY, options)
+
+
+def _choices(model: Any, field: str) -> list[Any]:
+    annotation = model.model_fields[field].annotation
+    if annotation is bool:
+        return [False, True]
+    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
+
+
+@pytest.mark.parametrize("field", HvParams.model_fields)
+def test_every_value_of_every_parameter_is_in_some_golden_file(field: str) -> None:
+    used = {getattr(instance.hvparams, field) for instance in VALUES}
+    default = HvParams.model_fields[field].default
+    assert used >= {default, *_choices(HvParams, field)}
+    assert len(used) > 1, "only its default"
+
+
+@pytest.mark.parametrize(("model", "of"), [(Disk, "disks"), (Nic, "nics")])
+def test_every_choice_about_a_disk_or_card_is_in_some_golden_file(model: Any, of: str) -> None:
+    for field in model.model_fields:
+        used = {getattr(part, field) for instance in VALUES for part in getattr(instance, of)}
+        assert used >= {*_choices(model, field)}, field
+
+
+def test_every_line_names_the_guest_and_its_uuid_and_starts_it_paused_and_confined() -> None:
+    for name, case in CASES.items():
+        argv = render(BINARY, case.options)
+        assert argv[:5] == [BINARY, "-name", case.instance.name, "-uuid", UUID], name
+        assert argv.count("-S") == argv.count("-nodefaults") == argv.count("-no-user-config") == 1, name
+        assert argv[argv.index("-sandbox") + 1].startswith("on,"), name
+        assert "-daemonize" not in argv, name
+        assert "-nographic" not in argv, name
+
+
+def test_the_same_guest_has_the_same_line_each_time() -> None:
+    for case in CASES.values():
+        assert case.options == case.options
+
+
+def test_w26_one_device_boots_first_and_none_when_a_kernel_is_given() -> None:
+    for name, case in CASES.items():
+        devices = options_of(case, "-device")
+        first = [device["driver"] for device in devices if "bootindex" in device]
+        assert len(first) <= 1, name
+        assert not (first and case.instance.hvparams.kernel_path), name
+        assert "-boot" not in dict(case.options), name
+
+
+@pytest.mark.parametrize(("order", "drives"), [("disk", "disk0"), ("cdrom", "cdrom0"), ("network", "netdev0")])
+def test_the_firmware_boots_from_what_boot_order_names(order: str, drives: str) -> None:
+    (first,) = (device for device in options_of(CASES[f"boot-{order}"], "-device") if "bootindex" in device)
+    assert drives in (first.get("drive"), first.get("netdev"))
+
+
+def test_w20_a_path_of_any_characters_is_one_value_and_no_option() -> None:
+    case = CASES["disk-odd-path"]
+    argv = render(BINARY, case.options)
+    node = json.loads(argv[argv.index("-blockdev") + 1])
+    assert node["file"] == {"driver": "file", "filename": f"{PLACE}/{ODD_NAME}"}
+    assert set(node) == {"node-name", "driver", "read-only", "discard", "cache", "file"}
+
+
+def test_ids_are_unique_and_every_drive_and_netdev_belongs_to_one_device() -> None:
+    for name, case in CASES.items():
+        ids = [device["id"] for device in options_of(case, "-device")]
+        assert len(ids) == len(set(ids)), name
+        used = [device.get("drive") or device.get("netdev") for device in options_of(case, "-device")]
+        made = [node["node-name"] for node in options_of(case, "-blockdev")]
+        made += [netdev["id"] for netdev in options_of(case, "-netdev")]
+        assert sorted(filter(None, used)) == sorted(made), name
+
+
+def test_a_line_depends_on_what_the_host_found_out_and_on_nothing_it_would_look_up() -> None:
+    """The paths do not exist, and so does the accelerator's device not matter."""
+    plain = Case(disks("device0"))
+    device = Case(disks("device0"), block_devices=frozenset({f"{PLACE}/device0"}))
+    drivers = [options_of(case, "-blockdev")[0]["file"]["driver"] for case in (plain, device)]
+    assert drivers == ["file", "host_device"]
+
+
+def test_a_user_card_needs_no_descriptor_and_a_tap_gets_its_own() -> None:
+    netdevs = options_of(Case(nics("user", "bridged", "routed")), "-netdev")
+    assert netdevs == [
+        {"type": "user", "id": "netdev0"},
+        {"type": "tap", "id": "netdev1", "fd": "21"},
+        {"type": "tap", "id": "netdev2", "fd": "22"},
+    ]
+
+
+def test_no_path_or_name_but_the_guests_own_shows_up_in_the_line() -> None:
+    """What is only for the master or the network script, such as tags, is nobody's business in ps."""
+    argv = " ".join(render(BINARY, Case({"tags": ["secret-tag"], "network_port": 5999} | nics("routed")).options))
+    assert "secret-tag" not in argv
+    assert "5999" not in argv
+    assert "192.0.2.7" not in argv

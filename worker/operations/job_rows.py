@@ -1,0 +1,111 @@
+"""What the ledger does to the rows of jobs and locks, inside a transaction of the caller's.
+
+Locks are taken in one order: the instance's, the node's, the jobs'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from hostler.contract import FINAL_JOB_STATES, ErrorCode, JobState
+from models import InstanceLock, Job, JobParent, utc_now
+from worker.operations.receipts import Decision, Verdict, Wakeup
+
+PARENTS, INSTANCE, LIMIT = "parents", "instance", "limit"
+"""What a WAITING job waits on."""
+
+
+def wakeup(job: Job) -> Wakeup:
+    return Wakeup(job.id, job.task, job.arguments, job.node, job.priority)
+
+
+def park(job: Job, waits_on: str, waiting_for: list[str]) -> Decision:
+    job.state, job.waits_on, job.waiting_for = JobState.WAITING, waits_on, waiting_for
+    others = f" and {len(waiting_for) - 1} more" if len(waiting_for) > 1 else ""
+    reason = {PARENTS: "comes after", INSTANCE: "waiting for", LIMIT: "waiting for a free place, held by"}[waits_on]
+    job.message = f"{reason} job {waiting_for[0]}{others}"
+    return Decision(Verdict.WAIT, tuple(waiting_for), message=job.message)
+
+
+def ahead(session: Session, job: Job) -> list[str]:
+    """The jobs of the same instance that are before this one."""
+    return list(
+        session.scalars(
+            select(Job.id)
+            .where(
+                Job.instance_name == job.instance_name,
+                Job.state == JobState.WAITING,
+                Job.waits_on == INSTANCE,
+                Job.sequence < job.sequence,
+            )
+            .order_by(Job.sequence)
+        )
+    )
+
+
+def parents(session: Session, job_id: str) -> tuple[list[str], list[str]]:
+    """The parents that have not ended, and those that ended without success. Their rows stay locked meanwhile."""
+    ids = session.scalars(select(JobParent.parent_id).where(JobParent.job_id == job_id).order_by(JobParent.parent_id))
+    wanted = list(ids)
+    found = select(Job.id, Job.state).where(Job.id.in_(wanted)).order_by(Job.id).with_for_update()
+    states = dict(session.execute(found).tuples().all())
+    still_open = [parent for parent in wanted if states.get(parent) not in FINAL_JOB_STATES]
+    failed = [parent for parent in wanted if states.get(parent) in (JobState.FAILURE, JobState.REVOKED)]
+    return still_open, failed
+
+
+def cancelled(message: str) -> dict[str, Any]:
+    return {"code": str(ErrorCode.CANCELLED), "message": message, "details": {"retryable": True}}
+
+
+def revoke(job: Job, message: str) -> str:
+    job.state, job.finished_at, job.message = JobState.REVOKED, utc_now(), message
+    job.waits_on, job.waiting_for, job.error = None, [], cancelled(message)
+    return message
+
+
+def give_up_slot(job: Job) -> str | None:
+    slot = job.slot if job.slot_taken else None
+    job.slot_taken = False
+    return slot
+
+
+def hand_on(session: Session, lock: InstanceLock | None, job_id: str) -> list[Wakeup]:
+    """Give the instance to the job that waits for it longest, or free it."""
+    if lock is None or lock.job_id != job_id:
+        return []
+    following = session.scalar(
+        select(Job)
+        .where(Job.instance_name == lock.instance_name, Job.state == JobState.WAITING, Job.waits_on == INSTANCE)
+        .order_by(Job.sequence)
+        .limit(1)
+        .with_for_update()
+    )
+    if following is None:
+        session.delete(lock)
+        return []
+    following.state, following.waits_on, following.waiting_for = JobState.PENDING, None, []
+    lock.job_id, lock.node, lock.taken_at = following.id, following.node, utc_now()
+    return [wakeup(following)]
+
+
+def locked_lock(session: Session, instance_name: str) -> InstanceLock | None:
+    return session.get(InstanceLock, instance_name, with_for_update=True, populate_existing=True)
+
+
+def locked_with_instance(session: Session, job_id: str, *, missing_ok: bool = False) -> tuple[InstanceLock | None, Any]:
+    instance_name = session.scalar(select(Job.instance_name).where(Job.id == job_id))
+    lock = locked_lock(session, instance_name) if instance_name else None
+    if missing_ok:
+        return lock, session.scalar(select(Job).where(Job.id == job_id).with_for_update())
+    return lock, owned_job(session, job_id)
+
+
+def owned_job(session: Session, job_id: str) -> Job:
+    job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
+    if job is None:
+        raise LookupError(f"job {job_id} is not in the ledger")
+    return job
