@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Literal, ParamSpec, Self, overload
 
@@ -44,6 +44,17 @@ class JobRequest:
     node: str
     arguments: dict[str, Any]
     job_id: str | None = None
+
+    def after(self, *job_ids: str, even_if_failed: bool = False) -> JobRequest:
+        """The same job, to begin only when those have ended, on whichever node they run.
+
+        Should one of them fail or be cancelled, this one is cancelled too, unless ``even_if_failed``. The nodes have to
+        share a database. Raises InvalidArgument for an id no job can have.
+        """
+        for job_id in job_ids:
+            _check_id("after", job_id)
+        waits = {"after": list(job_ids)} | ({"after_failure": "run"} if even_if_failed else {})
+        return replace(self, arguments=self.arguments | waits)
 
 
 class TaskCall(Generic[P]):
@@ -167,6 +178,23 @@ def _job_info(node: str, id: str, job_id: str | None = None) -> JobRequest:
     return _request(TaskName.JOB_INFO, node, job_id, id=id)
 
 
+def _job_cancel(node: str, id: str, job_id: str | None = None) -> JobRequest:
+    """Result: what became of the job ``id``: ``outcome`` and ``message``. :meth:`hostler.Job.cancel` is quicker."""
+    return _request(TaskName.JOB_CANCEL, node, job_id, id=id)
+
+
+def _job_retry(
+    node: str, id: str | None = None, failed_since: str | None = None, limit: int = 100, job_id: str | None = None
+) -> JobRequest:
+    """Result: a list of ``{"id", "retry_of", "task"}``: the job ``id`` sent again, or all that failed since a time."""
+    return _request(TaskName.JOB_RETRY, node, job_id, id=id, failed_since=failed_since, limit=limit)
+
+
+def _job_why(node: str, id: str, job_id: str | None = None) -> JobRequest:
+    """Result: ``state``, ``because`` (sentences) and ``command`` (what resolves it) of the job ``id``."""
+    return _request(TaskName.JOB_WHY, node, job_id, id=id)
+
+
 def _request(task: TaskName, node: str, job_id: str | None, **arguments: Any) -> JobRequest:
     model = ARGUMENTS[task]
     # What is left at its default is not sent: the message stays short, and the node's own default counts.
@@ -222,6 +250,9 @@ class Client:
     node_info = _Task(_node_info)
     jobs = _Task(_jobs)
     job_info = _Task(_job_info)
+    job_cancel = _Task(_job_cancel)
+    job_retry = _Task(_job_retry)
+    job_why = _Task(_job_why)
 
     def __init__(
         self, broker_url: str | None = None, result_backend: str | None = None, settings: Settings | None = None

@@ -53,7 +53,7 @@ def display(verbose: bool | None, labels: dict[str, str]) -> Iterator[Display]:
 
 
 class _Lines(Display):
-    """One job at a time is waited for aloud: the first that runs, else the first (behaviours 115 and 118)."""
+    """One job at a time is waited for aloud: the first that runs, else the first."""
 
     def __init__(self, labels: dict[str, str]) -> None:
         self._labels = labels

@@ -66,10 +66,11 @@ def backend_url(app: Celery) -> str:
 
 
 def _pushed(backend: Any, waiting: dict[str, Any], deadline: float) -> Iterator[News]:
-    # Read before subscribing: of ten thousand jobs, those that have ended need no subscription.
-    yield from _read(backend, waiting)
-    if not waiting or time.monotonic() >= deadline:
-        return
+    if len(waiting) > _BATCH:
+        # Of ten thousand jobs, those that have ended need no subscription. Of a few, no report shall be missed.
+        yield from _read(backend, waiting)
+        if not waiting or time.monotonic() >= deadline:
+            return
     # A subscription of our own for each wait: Celery's is shared by all waits of a thread, keeps what was sent and
     # never waited for subscribed for ever, and looks at the clock once a second only.
     jobs = {backend.get_key_for_task(job_id): job_id for job_id in waiting}
@@ -90,19 +91,19 @@ def _heard(
         if message and message["type"] == "message":
             yield [(jobs[message["channel"]], backend.decode_result(message["data"]))]
         elif message and message["type"] == "subscribe":
-            # Read once more after the confirmation, so that nothing falls between. There is another one whenever
-            # redis-py has reconnected without a word, and with it what was missed meanwhile is read.
+            # To be read after the confirmation, so that nothing falls between. Should redis-py reconnect without a word
+            # (it does if told to retry), there is another confirmation, and what was missed is read.
             unread.append(jobs[message["channel"]])
-            if len(unread) < _BATCH:
-                continue
-        yield from _read(backend, unread)
-        unread = []
+        # Reports that came meanwhile go first: a result that is read would hide them.
+        if unread and (message is None or len(unread) >= _BATCH):
+            yield from _read(backend, unread)
+            unread = []
         now = time.monotonic()
-        if now >= deadline:
-            return
-        if now >= reread_at:
+        if now >= min(deadline, reread_at):
             yield from _read(backend, waiting)
             reread_at = now + _REREAD_S
+        if now >= deadline:
+            return
 
 
 def _polled(backend: Any, waiting: dict[str, Any], deadline: float) -> Iterator[News]:

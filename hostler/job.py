@@ -16,12 +16,18 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import NotRegistered
 
-from hostler.contract import FINAL_JOB_STATES, ErrorCode, JobState
-from hostler.errors import OperationFailed
+from hostler.contract import FINAL_JOB_STATES, ErrorCode, JobState, worker_name
+from hostler.errors import OperationFailed, ServiceUnreachable
 from hostler.following import Meta, backend_url, follow
 from hostler.outage import reaching, safe_url
 
 __all__ = ["Job", "JobSnapshot", "failure", "follow_jobs", "reaching", "safe_url"]
+
+CANCEL_TIMEOUT_S = 2.0
+"""A worker answers in milliseconds; asking all of them means waiting this long for the last."""
+
+_CANCEL_OUTCOMES = ("requested", "too_late", "finished", "revoked", "running")
+"""Of several nodes' answers the one that knows most: a node that never saw the job says revoked or running."""
 
 OnProgress = Callable[[dict[str, Any]], object]
 
@@ -113,6 +119,21 @@ class Job:
                     last = snapshot.progress
                     on_progress(last)
         raise TimeoutError(f"job {self.id} has not ended within {timeout_s:g} s; it goes on")
+
+    def cancel(self, node: str | None = None) -> dict[str, str]:
+        """Cancel the job, on ``node`` or on whichever node has it.
+
+        The answer is ``{"id", "outcome", "message"}``, ``outcome`` one of ``revoked`` (it had not begun, and never
+        will), ``requested`` (it is giving up and undoing its work: ``wait`` raises CANCELLED soon), ``too_late`` (it
+        will finish) or ``finished``. Raises ServiceUnreachable when no worker answers: nothing is cancelled then.
+        """
+        to = {"destination": [worker_name(node)], "limit": 1} if node else {}
+        with reaching("the broker"):
+            replies = self._app.control.revoke(self.id, terminate=True, reply=True, timeout=CANCEL_TIMEOUT_S, **to)
+        answers = [answer for reply in replies or () for said in reply.values() for answer in said.get("ok", ())]
+        if not answers:
+            raise ServiceUnreachable(f"no worker answered the request to cancel job {self.id}; nothing was cancelled")
+        return min(answers, key=lambda answer: _CANCEL_OUTCOMES.index(answer["outcome"]))
 
     def forget(self) -> None:
         """Remove result and progress from the backend. The job itself, and its row on the node, are untouched."""

@@ -394,7 +394,7 @@ _FAKE_QEMU = """\
 
     version = {{"qemu": {{"major": 7, "minor": 2, "micro": 0}}, "package": ""}}
     greeting = {{"QMP": {{"version": version, "capabilities": []}}}}
-    probing = "none" in sys.argv[1:]
+    probing = "none" in [value for option, value in zip(sys.argv, sys.argv[1:]) if option == "-machine"]
     mode = pathlib.Path(__file__).with_suffix(".mode").read_text().strip()
     if probing and mode == "hangs in the probe" or not probing and mode == "hangs":
         time.sleep(600)
@@ -410,12 +410,10 @@ _FAKE_QEMU = """\
         connection.close()
         time.sleep(600)
     say(connection, greeting)
-    lines = connection.makefile()
-    if mode == "greets and dies":
-        lines.readline()
-        sys.exit("qemu: the lights went out")
-    for line in lines:
-        command = json.loads(line)
+    while received := connection.recv(65536):  # a command comes as a whole, with or without a line's end
+        command = json.loads(received)
+        if mode == "greets and dies":
+            sys.exit("qemu: the lights went out")
         if command["execute"] == "cont" and mode == "dies at cont":
             sys.exit("qemu: a cosmic ray")
         if command["execute"] == "cont" and mode == "refuses cont":

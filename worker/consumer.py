@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from celery.worker.consumer import Consumer
@@ -12,8 +13,8 @@ from celery.worker.request import Request
 from celery.worker.state import task_ready
 from sqlalchemy.exc import SQLAlchemyError
 
-from hostler.contract import ErrorCode, JobState
-from hostler.errors import OperationFailed
+from hostler.contract import JobState
+from hostler.errors import InvalidArgument, OperationFailed
 from hostler.payloads import instance_of
 from models import utc_now
 from tasks import outcome
@@ -22,9 +23,13 @@ from worker.operations.receipts import Decision, Verdict, is_job_id
 from worker.operations.service import current
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 _NOT_NEEDED = {"without_mingle": True, "without_gossip": True}
 """Steps by which workers share revoked ids and elect leaders: two seconds of every start, of no use to us."""
+
+_NONSENSE = (ValueError, TypeError, LookupError, AttributeError)
+"""What reading a message of another shape than Celery's raises, somewhere."""
 
 DATABASE_RETRY_S = 1.0
 
@@ -32,11 +37,22 @@ DATABASE_RETRY_S = 1.0
 class NodeConsumer(Consumer):
     """Consumes the node's queue: each message goes through the ledger, which runs, parks or drops it."""
 
+    loop: Callable[..., Any]
+
     def __init__(
         self, on_task_request: Callable[[Request], Any], *, worker_options: dict[str, Any] | None = None, **options: Any
     ) -> None:
         self._run = on_task_request
         super().__init__(self._receive, worker_options=(worker_options or {}) | _NOT_NEEDED, **options)
+        self._loop, self.loop = self.loop, self._guarded_loop
+
+    def _guarded_loop(self, *args: Any) -> None:
+        """Celery's loop; what the broker delivers and is no message costs the connection, not the worker."""
+        try:
+            self._loop(*args)
+        except _NONSENSE as exc:
+            log.exception("the broker delivered what is no message; connecting anew")
+            raise ConnectionError(f"no message: {exc}") from exc
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """Celery's handler, except that no message whatever can end the worker."""
@@ -45,22 +61,42 @@ class NodeConsumer(Consumer):
         def guarded(message: Any) -> Any:
             try:
                 return handle(message)
-            except (ValueError, TypeError, KeyError, AttributeError, LookupError) as exc:
+            except _NONSENSE as exc:
                 return self.on_decode_error(message, exc)
 
         return guarded
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """A message whose body cannot be read: its job fails with INVALID_ARGUMENT, where it has an id to say so to."""
-        super().on_decode_error(message, exc)
+        if not message.acknowledged:
+            super().on_decode_error(message, exc)
+        self._refuse(message, "message", f"the message cannot be read: {exc}")
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """As ``on_decode_error``, for a body of a type that is not read at all (pickle), or wrong headers."""
+        super().on_invalid_task(body, message, exc)
+        self._refuse(message, "message", f"the message cannot be read: {exc}")
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """As ``on_decode_error``, for a task that no node has; Celery's own would fail it with an error of its own."""
+        message.ack_log_error(logging.getLogger(__name__), self.connection_errors)
+        self._refuse(message, "task", f"there is no task {message.headers.get('task')!r}")
+
+    def _refuse(self, message: Any, field: str, reason: str) -> None:
         job_id = (message.headers or {}).get("id")
-        if isinstance(job_id, str) and is_job_id(job_id):
-            reason = f"the message's body cannot be read: {exc}"
-            details = {"errors": [{"field": "message", "reason": reason}]}
-            failure = OperationFailed(ErrorCode.INVALID_ARGUMENT, reason, details)
-            self.app.backend.mark_as_failure(job_id, failure)
+        if not isinstance(job_id, str) or not is_job_id(job_id):
+            return
+        if _as_soon_as_possible(lambda: current().node.ledger.knows(job_id)):
+            return  # whoever sent this has an id that is a job's already, whose result is not to be touched
+        failure = InvalidArgument([{"field": field, "reason": reason}])
+        self.app.backend.mark_as_failure(job_id, OperationFailed(*failure.args))
+        if self.event_dispatcher:
+            self.event_dispatcher.send("task-failed", uuid=job_id, exception=str(failure))
 
     def _receive(self, request: Request) -> None:
+        if not isinstance(request.args, list) or not isinstance(request.kwargs, dict):
+            task_ready(request)
+            raise ValueError("args must be a list, kwargs an object")
         decision = self._decide(request)
         if decision.verdict is Verdict.RUN:
             request.request_dict["hostler_attempt"] = decision.attempt
@@ -80,16 +116,10 @@ class NodeConsumer(Consumer):
         if not is_job_id(request.id):
             log.error("dropped a message whose id is not 1 to 255 visible ASCII characters", id=request.id)
             return Decision(Verdict.DROP)
-        arguments = request.kwargs if isinstance(request.kwargs, dict) else {}
         priority = min(9, max(0, request.delivery_info.get("priority") or 0))
-        receipt = receipt_of(request.id, request.type, arguments, priority)
-        while True:
-            try:
-                return service.node.ledger.receive(receipt)
-            except SQLAlchemyError as exc:
-                # Nothing is acknowledged meanwhile: the messages stay with the broker until the ledger can have them.
-                log.error("the database is away; jobs wait with the broker", reason=str(exc))
-                time.sleep(DATABASE_RETRY_S)
+        receipt = receipt_of(request.id, request.type, request.kwargs, priority)
+        # Nothing is acknowledged meanwhile: the messages stay with the broker until the ledger can have them.
+        return _as_soon_as_possible(lambda: service.node.ledger.receive(receipt))
 
     @staticmethod
     def _report_waiting(request: Request, decision: Decision) -> None:
@@ -103,3 +133,12 @@ class NodeConsumer(Consumer):
             "waiting_for": list(decision.waiting_for),
         }
         outcome.report(request._context, JobState.WAITING, meta)
+
+
+def _as_soon_as_possible(ask_ledger: Callable[[], T]) -> T:
+    while True:
+        try:
+            return ask_ledger()
+        except SQLAlchemyError as exc:
+            log.error("the database is away; jobs wait with the broker", reason=str(exc))
+            time.sleep(DATABASE_RETRY_S)

@@ -26,7 +26,14 @@ _MODULES: Mapping[str, Mapping[str, str]] = {
         "check": "hostler.cli.queries",
         "console": "hostler.cli.attach",
     },
-    "Jobs": {"jobs": "hostler.cli.jobs", "job": "hostler.cli.jobs", "watch": "hostler.cli.jobs"},
+    "Jobs": {
+        "jobs": "hostler.cli.jobs",
+        "job": "hostler.cli.jobs",
+        "watch": "hostler.cli.jobs",
+        "why": "hostler.cli.control",
+        "cancel": "hostler.cli.control",
+        "retry": "hostler.cli.control",
+    },
 }
 _NODE_COMMANDS = {
     "worker": "Run this node's worker.",

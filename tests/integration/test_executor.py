@@ -349,7 +349,7 @@ def test_a_result_whose_push_was_lost_with_the_connection_is_found_at_once(
         waiting = pool.submit(executor.get_results)
         until(lambda: len(service.subscribed()) == 2)
         with service.client.pipeline(transaction=True) as together:
-            together.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            together.client_kill_filter(_type="pubsub")
             together.set("celery-task-meta-unheard", payload)
             together.execute()
         until(lambda: len(service.subscribed()) == 2)
@@ -378,7 +378,7 @@ def test_a_backend_that_stays_away_is_told_with_the_way_back(own_service: Servic
         executor.add_job_id("done", "ended")
         executor.add_job_id("web1", "on-its-way")
         waiting = pool.submit(executor.get_results)
-        until(lambda: own_service.subscribed() == [b"celery-task-meta-on-its-way"])
+        until(lambda: len(own_service.subscribed()) == 2)
         own_service.kill()
         with pytest.raises(ServiceUnreachable, match="result backend") as lost:
             waiting.result(DEADLINE_S)

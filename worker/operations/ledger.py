@@ -199,6 +199,11 @@ class Ledger:
             job.phases = [*job.phases, {"phase": phase, "at": now.isoformat(), "message": message}]
             return job.percent
 
+    def knows(self, job_id: str) -> bool:
+        """Whether there is a job of this id, on whichever node and in whatever state."""
+        with self._database.reading() as session:
+            return session.scalar(select(Job.id).where(Job.id == job_id)) is not None
+
     def phases_of(self, job_id: str) -> list[str]:
         """The phases a job has been in, for one that is continued after its worker died."""
         with self._database.reading() as session:

@@ -170,7 +170,7 @@ def test_jobs_that_change_an_instance_are_the_ones_that_wait_for_each_other() ->
 
 BAD_NAMES = [
     *("", ".", "..", "a/b", "../x", "/", "a b", " web1", "web1 ", "-web", ".web", "web.", "a..b", "web1\n", "web\0"),
-    *("wéb1", "web1\u0301", "wеb1", "a:b", "a,b", "a=b", "a'b", "$(x)", "n" * 256, "n" * 300, "\ud800"),
+    *("wéb1", "web1\u0301", "w\u0435b1", "a:b", "a,b", "a=b", "a'b", "$(x)", "n" * 256, "n" * 300, "\ud800"),
 ]
 
 

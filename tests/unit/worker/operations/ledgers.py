@@ -80,5 +80,4 @@ DROP = Decision(Verdict.DROP)
 
 
 def wait(*ahead: str) -> Decision:
-    others = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
-    return Decision(Verdict.WAIT, ahead, message=f"waits for job {ahead[0]}{others}")
+    return Decision(Verdict.WAIT, ahead)
