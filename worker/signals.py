@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import structlog
 from celery import signals
+from celery.platforms import SecurityWarning
 from celery.utils.nodenames import default_nodename
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -33,6 +35,8 @@ def _set_up_logging(loglevel: int | str | None = None, **_: Any) -> None:
 def _open(instance: Any, **_: Any) -> None:
     """Become the node's worker, or end with a clear message: Celery would go on after a mere exception."""
     try:
+        # Celery warns root of messages that carry code (pickle); ours are JSON, and taps need the rights.
+        warnings.simplefilter("ignore", SecurityWarning)
         chosen = settings.load()
         if instance.hostname == default_nodename(None):
             instance.hostname = worker_name(chosen.node)
