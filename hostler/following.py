@@ -83,21 +83,23 @@ def _pushed(backend: Any, waiting: dict[str, Any], deadline: float) -> Iterator[
 def _heard(
     backend: Any, channel: Any, jobs: dict[bytes, str], waiting: dict[str, Any], deadline: float
 ) -> Iterator[News]:
-    unread: list[str] = []
+    unread: dict[str, None] = {}
     reread_at = time.monotonic() + _REREAD_S
     while waiting:
         left = 0.0 if unread else max(0.0, min(deadline, reread_at) - time.monotonic())
         message = channel.get_message(timeout=left)
         if message and message["type"] == "message":
-            yield [(jobs[message["channel"]], backend.decode_result(message["data"]))]
+            job_id = jobs[message["channel"]]
+            unread.pop(job_id, None)  # from here on, whatever happens to it is heard
+            yield [(job_id, backend.decode_result(message["data"]))]
         elif message and message["type"] == "subscribe":
             # To be read after the confirmation, so that nothing falls between. Should redis-py reconnect without a word
             # (it does if told to retry), there is another confirmation, and what was missed is read.
-            unread.append(jobs[message["channel"]])
+            unread[jobs[message["channel"]]] = None
         # Reports that came meanwhile go first: a result that is read would hide them.
         if unread and (message is None or len(unread) >= _BATCH):
             yield from _read(backend, unread)
-            unread = []
+            unread = {}
         now = time.monotonic()
         if now >= min(deadline, reread_at):
             yield from _read(backend, waiting)

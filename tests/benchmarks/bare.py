@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -67,7 +66,8 @@ class Sender:
 
     def close(self) -> None:
         """Close the connections."""
-        gc.collect()  # a result that is deleted later would look for its Redis, which is gone by then
+        # A result that is deleted later, with a traceback for example, would look for its Redis, which is gone by then.
+        self._app.backend.remove_pending_result = lambda result: result
         self._app.close()
 
 

@@ -115,6 +115,14 @@ def test_a_job_id_is_1_to_255_visible_ascii_characters(job_id: str, valid: bool)
     assert is_job_id(job_id) is valid
 
 
+def test_the_ledger_knows_every_job_it_was_given_on_whichever_node(database: Database) -> None:
+    n1, n2 = ledger_of(database, "n1"), ledger_of(database, "n2")
+    n1.receive(receipt("j1"))
+    assert n1.knows("j1")
+    assert n2.knows("j1")
+    assert not n1.knows("J1")
+
+
 def test_a_second_delivery_of_a_running_job_is_dropped_and_changes_nothing(database: Database) -> None:
     ledger = ledger_of(database)
     ledger.receive(receipt("j1"))
