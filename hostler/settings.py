@@ -49,6 +49,12 @@ def _node(value: str) -> str:
     return value
 
 
+def _url(value: str) -> str:
+    if value and "://" not in value:
+        raise ValueError(f"{value!r} is not a URL such as redis://host:6379/0")
+    return value
+
+
 def _short_absolute_dir(value: Path) -> Path:
     if not value.is_absolute():
         raise ValueError(f"{str(value)!r} is not an absolute path")
@@ -77,7 +83,9 @@ class Settings(BaseSettings):
     node: Annotated[str, AfterValidator(_node)] = Field(default_factory=_default_node, description="This node's name.")
     state_dir: Dir = Field(default_factory=_default_state_dir, description="Durable files: database, broker, logs.")
     run_dir: Dir = Field(default_factory=_default_run_dir, description="Sockets and chroots of running guests.")
-    broker_url: str = Field("", description="Any broker Celery supports; empty is the embedded one.")
+    broker_url: Annotated[str, AfterValidator(_url)] = Field(
+        "", description="Any broker Celery supports; empty is the embedded one."
+    )
     result_backend: str = Field("", description="Any result backend Celery supports; empty is the embedded one.")
     database_url: str = Field("", description="Any SQLAlchemy URL; empty is SQLite below the state folder.")
     qemu_binary: str = Field("", description="The emulator; empty is qemu-system-<arch> from PATH.")

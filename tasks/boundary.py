@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import structlog
 from celery import Task, shared_task
 from celery.exceptions import Ignore
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from hostler.contract import ErrorCode, JobState, TaskName
 from hostler.errors import InvalidArgument, OperationFailed
@@ -19,6 +19,7 @@ from worker.operations.context import JobContext
 from worker.operations.ledger import ATTEMPTS_MAX
 from worker.operations.receipts import Receipt
 from worker.operations.service import Service, current
+from worker.operations.start import finish_interrupted
 
 log = structlog.get_logger(__name__)
 
@@ -77,20 +78,22 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
         node=service.node,
         publish=lambda meta: outcome.report(request, JobState.PROGRESS, meta),
         attempt=getattr(request, "hostler_attempt", None) or 1,
+        deaths=getattr(request, "hostler_deaths", None) or 0,
     )
+    if getattr(request, "hostler_cancelled", False):
+        job.cancel()
     ledger = service.node.ledger
     try:
         with service.running(job):
             _give_up_if_tried_too_often(job)
             result = function(service, job, _arguments(name, args, kwargs))
-    except Cancelled as exc:
-        message = exc.message
-        outcome.settle(task.app, job.id, lambda: ledger.revoke(job.id, message))
-        outcome.mark_revoked(task.app, job.id, message, request)
-        raise Ignore from None
     except Exception as exc:
         failure = as_failure(exc)
-        if is_transient(exc) and outcome.postpone(service, request, failure):
+        if isinstance(exc, Cancelled) or (job.is_giving_up and is_transient(exc)):
+            outcome.settle(task.app, job.id, lambda: ledger.revoke(job.id, failure.message))
+            outcome.mark_revoked(task.app, job.id, failure.message, request)
+            raise Ignore from None
+        if is_transient(exc) and outcome.postpone(task.app, service, request, failure):
             raise Ignore from None
         outcome.settle(task.app, job.id, lambda: ledger.fail(job.id, as_error(failure)))
         raise failure from None
@@ -99,10 +102,12 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
 
 
 def _give_up_if_tried_too_often(job: JobContext) -> None:
-    if job.attempt > ATTEMPTS_MAX:
+    if job.deaths >= ATTEMPTS_MAX:
+        if job.instance:
+            finish_interrupted(job.node, job.instance, job)
         phase = (job.earlier_phases() or ["received"])[-1]
         raise Interrupted(
-            f"the worker died {job.attempt - 1} times while it carried out this job, last in phase {phase}; it is not "
+            f"the worker died {job.deaths} times while it carried out this job, last in phase {phase}; it is not "
             "tried again by itself. See the worker's log for what kills it, then retry",
             phase=phase,
         )
@@ -116,7 +121,7 @@ def _arguments(name: TaskName, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def is_transient(exc: Exception) -> bool:
     """Whether a job that failed so is tried again by itself."""
-    return exc.transient if isinstance(exc, OperationError) else isinstance(exc, SQLAlchemyError)
+    return exc.transient if isinstance(exc, OperationError) else isinstance(exc, OperationalError | InterfaceError)
 
 
 def as_failure(exc: Exception) -> OperationFailed:

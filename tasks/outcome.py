@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +19,9 @@ from worker.operations.service import Service
 log = structlog.get_logger(__name__)
 
 LEDGER_RETRY_S = 1.0
+shutting_down = threading.Event()
+"""Set when the worker was told to end: nothing may hold it up then."""
+
 _reporters: list[Reporter] = []
 
 
@@ -44,7 +47,8 @@ def settle(app: Celery, job_id: str, finish: Callable[[], Ended]) -> None:
             return
         except SQLAlchemyError as exc:
             log.warning("the job's end could not be recorded; trying again", job=job_id, reason=str(exc))
-            time.sleep(LEDGER_RETRY_S)
+            if shutting_down.wait(LEDGER_RETRY_S):
+                return  # the row says that it is under way: the next worker looks at what is true and ends it
     for reporter in _reporters:
         reporter.settle(job_id)
     carry_out(app, ended)
@@ -82,18 +86,20 @@ def mark_revoked(app: Celery, job_id: str, message: str, request: Any = None) ->
         log.warning("a job is revoked, but its result could not say so", job=job_id, reason=str(exc))
 
 
-def postpone(service: Service, request: Any, failure: OperationFailed) -> bool:
+def postpone(app: Celery, service: Service, request: Any, failure: OperationFailed) -> bool:
     """Put a job off after a transient failure; False when it was tried often enough, or the database is away."""
     error = {"code": failure.code, "message": failure.message, "details": failure.details}
     try:
-        retry_at = service.node.ledger.postpone(request.id, error)
+        put_off = service.node.ledger.postpone(request.id, error)
     except (LookupError, SQLAlchemyError):
         return False
-    if retry_at is None:
+    if put_off is None:
         return False
+    retry_at, ended = put_off
     log.info("a job is put off", job=request.id, reason=str(failure), retry_at=retry_at.isoformat())
     report(request, JobState.RETRY, failure)
     service.expect_retry(retry_at)
+    carry_out(app, ended)
     return True
 
 
@@ -103,6 +109,9 @@ def cancel(app: Celery, service: Service, job_id: str, *, also_running: bool) ->
     The answer says what became of it: ``revoked``, ``requested`` (it will end as REVOKED), ``too_late`` (it will
     finish), ``running`` (and was not to be disturbed) or ``finished``.
     """
+    if not service.node.ledger.knows(job_id) and _state(app, job_id) != JobState.PENDING:
+        # Every node is asked, and those that share no database have not heard of it.
+        return {"id": job_id, "outcome": "running", "message": "another node has it"}
     outcome, ended = service.node.ledger.cancel(job_id, "cancelled before it began")
     carry_out(app, ended)
     if outcome is CancelOutcome.REVOKED:
@@ -115,11 +124,15 @@ def cancel(app: Celery, service: Service, job_id: str, *, also_running: bool) ->
     return {"id": job_id, **service.cancel_running(job_id)}
 
 
+def _state(app: Celery, job_id: str) -> str:
+    return str(app.backend.get_task_meta(job_id, cache=False)["status"])
+
+
 def repair_results(app: Celery, service: Service) -> None:
     """Give the result backend the ends of jobs whose worker may have died between the ledger and the backend."""
     for job in service.unpublished:
         try:
-            if app.backend.get_task_meta(job.id, cache=False)["status"] in FINAL_JOB_STATES:
+            if _state(app, job.id) in FINAL_JOB_STATES:
                 continue
             log.info("a result had not reached the backend", job=job.id, state=job.state)
             if job.state == JobState.SUCCESS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 from kombu import Exchange, Queue
@@ -13,6 +12,7 @@ from hostler.celery_options import shared_options
 from hostler.contract import queue_name
 from hostler.errors import ServiceUnreachable
 from hostler.settings import Settings, SettingsError, load
+from worker import logs
 
 
 def node_options(settings: Settings) -> dict[str, Any]:
@@ -63,6 +63,8 @@ for _name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRIT
 try:
     _settings = load()
     embedded.ensure(_settings)
-except (SettingsError, ServiceUnreachable) as exc:
-    sys.exit(f"hostler: {exc}")  # `celery -A worker` would show a person where in Celery this was read
+except SettingsError as exc:  # `celery -A worker` would show a person where in Celery this was read
+    logs.refuse(exc, logs.MISUSED)
+except ServiceUnreachable as exc:
+    logs.refuse(exc, logs.UNREACHABLE)
 globals().update(node_options(_settings))

@@ -8,6 +8,7 @@ import sys
 import click
 
 from hostler import settings
+from worker import logs
 
 
 @click.command()
@@ -36,7 +37,7 @@ def worker(node: str | None, concurrency: int | None, loglevel: str) -> None:
     try:
         settings.load()
     except settings.SettingsError as exc:
-        sys.exit(f"hostler worker: {exc}")
+        logs.refuse(exc, logs.MISUSED)
     from worker.celery import app
 
     # Celery's own command line would load every plug-in it finds (Flower, a shell): 20 MB that a node never uses.

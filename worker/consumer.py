@@ -11,7 +11,7 @@ import structlog
 from celery import bootsteps
 from celery.worker.consumer import Consumer, Events
 from celery.worker.request import Request
-from celery.worker.state import task_ready
+from celery.worker.state import maybe_shutdown, task_ready
 from sqlalchemy.exc import SQLAlchemyError
 
 from hostler.contract import JobState
@@ -116,6 +116,8 @@ class NodeConsumer(Consumer):
         decision = self._decide(request)
         if decision.verdict is Verdict.RUN:
             request.request_dict["hostler_attempt"] = decision.attempt
+            request.request_dict["hostler_deaths"] = decision.deaths
+            request.request_dict["hostler_cancelled"] = decision.cancelled
             self._run(request)
             return
         request.acknowledge()
@@ -157,4 +159,5 @@ def _as_soon_as_possible(ask_ledger: Callable[[], T]) -> T:
             return ask_ledger()
         except SQLAlchemyError as exc:
             log.error("the database is away; jobs wait with the broker", reason=str(exc))
+            maybe_shutdown()  # a worker that is told to end must not wait for its database first
             time.sleep(DATABASE_RETRY_S)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
 _CHATTY = ("celery.worker.strategy", "celery.app.trace", "kombu", "alembic")
+
+
+REFUSED, MISUSED, UNREACHABLE = 1, 2, 3
+"""Exit codes of a worker that does not begin: what it found, what it was told, a service that does not answer."""
+
+
+def refuse(reason: object, status: int) -> NoReturn:
+    """End the process with one line for a person; a traceback would only hide it."""
+    print(f"hostler worker: {reason}", file=sys.stderr)
+    sys.exit(status)
 
 
 def configure(log_format: str, level: int | str) -> None:

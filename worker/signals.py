@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
@@ -21,6 +20,7 @@ from tasks import outcome
 from tasks.reporting import Reporter
 from worker import logs
 from worker.errors import OperationError
+from worker.operations.host import HostUnfit
 from worker.operations.service import Service, current, set_current
 
 log = structlog.get_logger(__name__)
@@ -42,10 +42,15 @@ def _open(instance: Any, **_: Any) -> None:
             instance.hostname = worker_name(chosen.node)
         logs.configure(chosen.log_format, "INFO")
         set_current(Service.open(chosen))
-    except (OperationError, SchemaError, DatabaseUnusable, ServiceUnreachable, settings.SettingsError) as exc:
-        sys.exit(f"hostler worker: {exc}")
+    except (DatabaseUnusable, HostUnfit, settings.SettingsError) as exc:
+        logs.refuse(exc, logs.MISUSED)
+    except (OperationError, SchemaError) as exc:
+        logs.refuse(exc, logs.REFUSED)
+    except ServiceUnreachable as exc:
+        logs.refuse(exc, logs.UNREACHABLE)
     except SQLAlchemyError as exc:
-        sys.exit(f"hostler worker: the database cannot be used: {getattr(exc, 'orig', None) or exc}")
+        reason = f"the database cannot be used: {getattr(exc, 'orig', None) or exc}"
+        logs.refuse(reason, logs.UNREACHABLE)
 
 
 @signals.worker_ready.connect
@@ -58,6 +63,11 @@ def _ready(sender: Any, **_: Any) -> None:
         outcome.wake(app, wakeup)
     service.start_heart(lambda ended: outcome.carry_out(app, ended))
     log.info("worker is ready", node=service.node.name, queue=f"node.{service.node.name}")
+
+
+@signals.worker_shutting_down.connect
+def _stop_waiting(**_: Any) -> None:
+    outcome.shutting_down.set()
 
 
 @signals.worker_shutdown.connect

@@ -72,7 +72,10 @@ def _show_retries(retries: list[dict[str, Any]]) -> None:
 def _time_ago(text: str) -> str:
     if not (text[:-1].isdecimal() and text[-1:] in _UNITS_S):
         raise click.BadParameter(f"{text!r} is not a time such as 30m, 2h or 7d", param_hint="--since")
-    return (datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * _UNITS_S[text[-1]])).isoformat()
+    try:
+        return (datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * _UNITS_S[text[-1]])).isoformat()
+    except (OverflowError, ValueError):
+        raise click.BadParameter(f"{text!r} is longer ago than time goes", param_hint="--since") from None
 
 
 @click.command("why", epilog=examples("hostler why 5e1d2f7c-... -n n1"))

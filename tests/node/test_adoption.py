@@ -375,17 +375,16 @@ def killed_in(n2: TestNode, gate: Gate, place: tuple[str, str, str], how: str, *
 
 
 @pytest.mark.postgresql
-@pytest.mark.parametrize("mode", ["soft", "hard"])
 @pytest.mark.parametrize(
-    "place",
+    ("mode", "place"),
     [
-        ("DELETE", "runtimes", "true"),
-        before_phase("rebuild"),
-        before_phase("claim"),
-        before_phase("greeting"),
-        ("UPDATE", "jobs", "NEW.state = 'SUCCESS'"),
+        pytest.param("soft", ("DELETE", "runtimes", "true"), id="soft, before the end is recorded"),
+        pytest.param("hard", ("DELETE", "runtimes", "true"), id="hard, before the end is recorded"),
+        pytest.param("soft", before_phase("rebuild"), id="soft, before rebuild"),
+        pytest.param("hard", before_phase("claim"), id="hard, before claim"),
+        pytest.param("soft", before_phase("greeting"), id="soft, before greeting"),
+        pytest.param("hard", ("UPDATE", "jobs", "NEW.state = 'SUCCESS'"), id="hard, before the job's end"),
     ],
-    ids=["before its end is recorded", "before rebuild", "before claim", "before greeting", "before its end"],
 )
 def test_a_reboot_whose_worker_is_killed_is_finished_by_the_next_one(
     n2: TestNode, gate: Gate, mode: str, place: tuple[str, str, str]

@@ -61,10 +61,18 @@ def test_a_second_worker_of_the_same_node_is_refused(n1: TestNode, command: tupl
     assert n1.info("web1") == view  # the first one works on
 
 
+@pytest.fixture(scope="module")
+def shared_database(qemu: None) -> Iterator[str]:
+    """The URL of a database that several nodes of this module's tests use."""
+    with postgresql_database() as url, node(HOSTLER_DATABASE_URL=url) as made:
+        assert made.cli("db", "upgrade").returncode == 0
+        yield url
+
+
 @pytest.mark.postgresql
-def test_a_second_worker_with_another_state_folder_is_refused_by_the_shared_database(qemu: None) -> None:
-    with postgresql_database() as url, node(HOSTLER_DATABASE_URL=url) as first:
-        assert first.cli("db", "upgrade").returncode == 0
+def test_a_second_worker_with_another_state_folder_is_refused_by_the_shared_database(shared_database: str) -> None:
+    url = shared_database
+    with node(HOSTLER_DATABASE_URL=url) as first:
         first.start_worker()
         assert first.worker
         with node(HOSTLER_DATABASE_URL=url) as second:
@@ -77,10 +85,11 @@ def test_a_second_worker_with_another_state_folder_is_refused_by_the_shared_data
 
 
 @pytest.mark.postgresql
-def test_two_nodes_that_share_a_database_know_their_own_instances_and_refuse_the_other_s(qemu: None) -> None:
-    with postgresql_database() as url, node("n1", HOSTLER_DATABASE_URL=url) as one:
-        assert one.cli("db", "upgrade").returncode == 0
-        with node("n2", HOSTLER_DATABASE_URL=url) as two:
+def test_two_nodes_that_share_a_database_know_their_own_instances_and_refuse_the_other_s(
+    shared_database: str,
+) -> None:
+    with node("n1", HOSTLER_DATABASE_URL=shared_database) as one:
+        with node("n2", HOSTLER_DATABASE_URL=shared_database) as two:
             one.start_worker()
             two.start_worker()
             one.start(tiny_instance(one.root))
@@ -116,15 +125,16 @@ def test_a_stale_lock_is_no_obstacle(n1: TestNode) -> None:
     assert lock.read_text() == str(n1.worker.pid)
 
 
-@pytest.mark.parametrize("command", [WORKER, CELERY_WORKER], ids=["hostler worker", "celery -A worker worker"])
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("command", "name", "value", "said"),
     [
-        ("HOSTLER_NOODLE", "n1", "unknown setting HOSTLER_NOODLE"),
-        ("HOSTLER_NODE", "a/b", "HOSTLER_NODE: 'a/b' is not a node name"),
-        ("HOSTLER_MIGRATION_PORTS", "9-1", "HOSTLER_MIGRATION_PORTS"),
-        ("HOSTLER_RUN_DIR", "run", "HOSTLER_RUN_DIR: 'run' is not an absolute path"),
+        (WORKER, "HOSTLER_NOODLE", "n1", "unknown setting HOSTLER_NOODLE"),
+        (CELERY_WORKER, "HOSTLER_NOODLE", "n1", "unknown setting HOSTLER_NOODLE"),
+        (WORKER, "HOSTLER_NODE", "a/b", "HOSTLER_NODE: 'a/b' is not a node name"),
+        (WORKER, "HOSTLER_MIGRATION_PORTS", "9-1", "HOSTLER_MIGRATION_PORTS: '9-1' is not a port range"),
+        (CELERY_WORKER, "HOSTLER_RUN_DIR", "run", "HOSTLER_RUN_DIR: 'run' is not an absolute path"),
     ],
+    ids=lambda value: value[2] if isinstance(value, tuple) else None,
 )
 def test_a_wrong_setting_is_refused_at_start(
     new_node: TestNode, command: tuple[str, ...], name: str, value: str, said: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import struct
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ class Tap:
 
     name: str
     fd: int
+
+    @property
+    def ifindex(self) -> int:
+        """The kernel's number of the interface; unlike its name it is not given to another one."""
+        return socket.if_nametoindex(self.name)
 
     def close(self) -> None:
         """Close our descriptor; the device goes when QEMU's is closed too."""

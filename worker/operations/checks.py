@@ -92,6 +92,7 @@ def _unreadable(path: Path) -> str:
 
 def _disks(instance: Instance) -> Iterator[Problem]:
     hvparams = instance.hvparams
+    seen: set[str] = set()
     for index, disk in enumerate(instance.disks):
         if reason := _unreadable(Path(disk.path)):
             yield f"disks[{index}].path", reason
@@ -99,6 +100,10 @@ def _disks(instance: Instance) -> Iterator[Problem]:
             yield f"disks[{index}].path", f"{disk.path!r} cannot be written by the worker"
         if disk.mode == "ro" and hvparams.disk_type == "ide":
             yield f"disks[{index}].mode", "an IDE disk cannot be read-only; use disk_type paravirtual or scsi"
+        if not reason and (identity := file_id(disk.path)) in seen:
+            yield f"disks[{index}].path", f"{disk.path!r} is the same file as another disk of this instance"
+        elif not reason:
+            seen.add(identity)
     units = IDE_UNITS - bool(hvparams.cdrom_image_path)
     limit = {"ide": units, "scsi": SCSI_DISKS}.get(hvparams.disk_type)
     if limit is not None and len(instance.disks) > limit:
@@ -137,7 +142,12 @@ def conflicts(instance: Instance, held: list[DiskLease]) -> Iterator[Problem]:
     for lease in held:
         by_file.setdefault(lease.file_id, []).append(lease)
     for index, disk in enumerate(instance.disks):
-        for lease in by_file.get(file_id(disk.path), []):
+        try:
+            identity = file_id(disk.path)
+        except OSError as exc:
+            yield f"disks[{index}].path", f"{disk.path!r}: {exc.strerror}"
+            continue
+        for lease in by_file.get(identity, []):
             if not _compatible(disk, lease):
                 yield f"disks[{index}].path", f"{disk.path!r} is in use by instance {lease.instance_name}"
 

@@ -89,6 +89,7 @@ class JobContext:
     node: NodeContext
     publish: Publish
     attempt: int = 1
+    deaths: int = 0
     current_phase: str = "received"
     _cancel: threading.Event = field(default_factory=threading.Event, repr=False)
     _committed: bool = False
@@ -113,6 +114,11 @@ class JobContext:
             }
         )
 
+    def carry_on(self) -> None:
+        """The job was past its last point of return when its worker died: it finishes, cancelled or not."""
+        with self._deciding:
+            self._committed = True
+
     def commit(self) -> None:
         """From here on the job cannot be cancelled any more: it will finish. Raises Cancelled if it was just before."""
         with self._deciding:
@@ -125,6 +131,11 @@ class JobContext:
             if not self._committed:
                 self._cancel.set()
             return not self._committed
+
+    @property
+    def is_giving_up(self) -> bool:
+        """Whether the job was asked to give up while it still could."""
+        return self._cancel.is_set()
 
     def check_cancelled(self) -> None:
         """Raises Cancelled when the job was asked to give up and still can."""

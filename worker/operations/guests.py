@@ -7,6 +7,7 @@ recorded with its reason, and what the guest had of the host is given back.
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -129,10 +130,26 @@ class Guests:
         with self._lock:
             guests = list(self._by_name.values())
         for guest in guests:
-            if guest.monitor is None and not guest.ended.is_set():
+            if guest.ended.is_set() or guest.process.wait(0):
+                continue
+            if guest.monitor and guest.monitor.wait_closed(0):
+                guest.monitor.close()
+                guest.monitor = None
+            if guest.monitor is None:
                 self.reconnect(guest)
-            elif guest.monitor:
-                guest.folder.trim_journal()
+            guest.folder.trim_journal()
+        self._observe_unknown()
+
+    def _observe_unknown(self) -> None:
+        with self._node.database.reading() as session:
+            unknown = session.scalars(
+                select(Instance.name).where(
+                    Instance.node == self._node.name, Instance.state == InstanceState.UNKNOWN
+                )
+            ).all()  # fmt: skip
+        for name in unknown:
+            if guest := self.get(name):
+                self.observe(guest)
 
     def close(self) -> None:
         """Let go of all guests; they run on."""
@@ -166,17 +183,23 @@ class Guests:
     def _handle_end(self, guest: Guest) -> None:
         guest.ending = self._judge(guest)
         log.info("guest ended", instance=guest.name, state=guest.ending.state, reason=guest.ending.reason)
-        while not self._closing.is_set():
-            try:
-                release(self._node, guest.name, guest.uuid, guest.ending)
-                break
-            except (SQLAlchemyError, OSError):
-                log.exception("the guest's end could not be recorded; trying again", instance=guest.name)
-                self._closing.wait(RETRY_S)
+        if not self._release_patiently(guest, guest.ending):
+            return
         with self._lock:
             if self._by_name.get(guest.name) is guest:
                 del self._by_name[guest.name]
         guest.ended.set()
+
+    def _release_patiently(self, guest: Guest, ending: Ending) -> bool:
+        """False when the worker ends before the database is back: the next one finds a runtime without a process."""
+        while True:
+            try:
+                release(self._node, guest.name, guest.uuid, ending)
+                return True
+            except (SQLAlchemyError, OSError):
+                log.exception("the guest's end could not be recorded; trying again", instance=guest.name)
+            if self._closing.wait(RETRY_S):
+                return False
 
     def _judge(self, guest: Guest) -> Ending:
         if guest.monitor:
@@ -232,8 +255,18 @@ def release(node: NodeContext, name: str, uuid: str, ending: Ending) -> list[str
 def _disconnect(node: NodeContext, name: str, tags: list[str], tap: dict[str, str | int]) -> str:
     nic = Nic.model_validate({key: tap[key] for key in ("mac", "mode", "link", "ip")})
     tap_name = str(tap["name"])
+    if _is_somebody_elses(tap_name, tap.get("ifindex")):
+        return f"tap {tap_name}"
     try:
         scripts.run(node.ifdown, tap_name, scripts.environment(name, tags, int(tap["index"]), nic, tap_name))
     except NetworkFailed as exc:
         log.warning("ifdown failed; the tap is gone all the same", instance=name, reason=str(exc))
     return f"tap {tap_name}"
+
+
+def _is_somebody_elses(tap_name: str, ifindex: int | str | None) -> bool:
+    """Whether the kernel has given the name of a tap that went with its QEMU to another interface since."""
+    try:
+        return ifindex is not None and socket.if_nametoindex(tap_name) != int(ifindex)
+    except OSError:
+        return False

@@ -1,6 +1,6 @@
 """What the ledger does to the rows of jobs and locks, inside a transaction of the caller's.
 
-Locks are taken in one order: the instance's, the node's, the jobs'.
+Locks are taken in one order: the node's, the instance's, the jobs'.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ acknowledged. A job may have to wait, in the ledger and without a thread, on thr
     instance   the job that changes the same instance; one at a time, in the order they were received
     limit      a free place in its class (starts, ...) on this node; by priority, then in order
 
-Whoever ends a job wakes those that waited on it. Locks are taken in one order (instance, node, jobs), so that two
+Whoever ends a job wakes those that waited on it. Locks are taken in one order (node, instance, jobs), so that two
 workers cannot hold each other up.
 """
 
@@ -119,8 +119,8 @@ class Ledger:
 
     def _decide(self, session: Session, receipt: Receipt) -> Decision:
         known = session.execute(select(Job.instance_name).where(Job.id == receipt.job_id)).first()
-        holder = self._lock_instance(session, known.instance_name if known else receipt.instance_name, receipt.job_id)
         self._lock_node(session, receipt.slot)
+        holder = self._lock_instance(session, known.instance_name if known else receipt.instance_name, receipt.job_id)
         job = owned_job(session, receipt.job_id) if known else self._insert(session, receipt)
         if job.node != self._node or job.claimed_by or job.state in FINAL_JOB_STATES:
             session.rollback()  # the lock too, where nobody had it
@@ -161,9 +161,10 @@ class Ledger:
         return lock.job_id if lock.job_id != job_id else None
 
     def _lock_node(self, session: Session, slot: str | None) -> None:
-        # Decisions about a class's free places are made one after another.
+        # Decisions about a class's free places are made one after another. Before anything is inserted that refers to
+        # the node: that locks its row too, in part, and two who then want all of it hold each other up.
         if slot in self._limits:
-            session.get(Node, self._node, with_for_update=True)
+            session.get(Node, self._node, with_for_update={"key_share": True})
 
     def _class_is_full(self, session: Session, job: Job) -> list[str]:
         """The jobs that fill the job's class; empty when there is a place, which the job then has."""
@@ -183,7 +184,8 @@ class Ledger:
         job.attempts = (job.attempts or 0) + 1
         job.started_at = job.started_at or utc_now()
         job.waits_on, job.waiting_for = None, []
-        return Decision(Verdict.RUN, attempt=job.attempts)
+        deaths, cancelled = job.attempts - 1 - job.retries, job.cancel_requested_at is not None
+        return Decision(Verdict.RUN, attempt=job.attempts, deaths=deaths, cancelled=cancelled)
 
     # Running
 
@@ -274,7 +276,7 @@ class Ledger:
         if slot not in self._limits:
             return []
         with self._database.transaction() as session:
-            session.get(Node, self._node, with_for_update=True)
+            self._lock_node(session, slot)
             mine = select(Job).where(Job.node == self._node, Job.slot == slot)
             taken = session.scalar(select(func.count()).select_from(mine.where(Job.slot_taken).subquery())) or 0
             waiting = session.scalars(
@@ -298,9 +300,11 @@ class Ledger:
                     if job is None:
                         self._insert_tombstone(session, job_id, message)
                         return CancelOutcome.REVOKED, Ended()
+                    if job.state == JobState.REVOKED and not job.claimed_by:
+                        return CancelOutcome.REVOKED, Ended()  # by another node that was asked too, or before
                     if job.state in FINAL_JOB_STATES:
                         return CancelOutcome.FINISHED, Ended()
-                    if job.claimed_by:
+                    if job.claimed_by or (job.attempts and job.state == JobState.PENDING):
                         job.cancel_requested_at = utc_now()
                         return CancelOutcome.REQUESTED, Ended()
                     revoke(job, message)
@@ -317,10 +321,11 @@ class Ledger:
         session.add(job)
         session.flush()
 
-    def postpone(self, job_id: str, error: dict[str, Any]) -> datetime | None:
+    def postpone(self, job_id: str, error: dict[str, Any]) -> tuple[datetime, Ended] | None:
         """Put a job whose attempt failed aside until later. It keeps its instance, and gives up its class's place.
 
-        The delay doubles with each retry and has jitter. None, and nothing changed, after RETRIES_MAX of them.
+        The delay doubles with each retry and has jitter. Returns when it is due, and whom its place wakes. None, and
+        nothing changed, after RETRIES_MAX of them.
         """
         with self._database.transaction() as session:
             job = owned_job(session, job_id)
@@ -332,9 +337,7 @@ class Ledger:
             job.retry_at = utc_now() + delay
             job.message = f"attempt {job.attempts} failed ({error['code']}); again at {job.retry_at.isoformat()}"
             slot, retry_at = give_up_slot(job), job.retry_at
-        if slot:
-            self._fill_class(slot)
-        return retry_at
+        return retry_at, Ended(self._fill_class(slot) if slot else [])
 
     def due(self) -> list[Wakeup]:
         """The jobs that were put aside and whose time has come."""
@@ -394,11 +397,10 @@ class Ledger:
             .where(Job.node == self._node, Job.state == JobState.FAILURE, Job.finished_at >= since)
             .where(Job.id.not_in(retried), Job.task.in_(RETRYABLE))
             .order_by(Job.sequence)
-            .limit(limit)
         )
         with self._database.reading() as session:
             failed = [job.id for job in session.scalars(query) if (job.error or {})["details"].get("retryable")]
-        return {job_id: self.retry(job_id) for job_id in failed}
+        return {job_id: self.retry(job_id) for job_id in failed[:limit]}
 
     # After a death
 
@@ -439,12 +441,16 @@ class Ledger:
             return [wakeup(job) for job in unfinished]
 
     def forgotten(self, older_than: timedelta) -> list[Wakeup]:
-        """Jobs that wait for their message longer than a broker takes: it was lost, or never sent."""
+        """Jobs that wait for their message longer than a broker takes: it was lost, or never sent. Each is named again
+        only after as long again."""
         query = select(Job).where(
             Job.node == self._node, Job.state == JobState.PENDING, Job.updated_at < utc_now() - older_than
         )
-        with self._database.reading() as session:
-            return [wakeup(job) for job in session.scalars(query)]
+        with self._database.transaction() as session:
+            jobs = session.scalars(query.with_for_update()).all()
+            for job in jobs:
+                job.updated_at = utc_now()
+            return [wakeup(job) for job in jobs]
 
     def overdue(self) -> Ended:
         """Jobs that wait on parents which have all ended, or on a class that has places: their waker died."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from hostler.contract import InstanceState
 from hostler.payloads import Instance, InstanceView, RebootArguments, StopArguments
 from models import Instance as InstanceRow
-from worker.errors import AlreadyRunning, NotRunning, OperationError, TimedOut, UnknownInstance
+from worker.errors import AlreadyRunning, Cancelled, NotRunning, OperationError, TimedOut, UnknownInstance
+from worker.operations import checks
 from worker.operations.context import JobContext, NodeContext
 from worker.operations.ending import GUEST_SHUT_DOWN, Ending
 from worker.operations.guests import Guest, Guests, identity_of, release
@@ -64,11 +66,12 @@ def reboot(node: NodeContext, guests: Guests, job: JobContext, arguments: Reboot
         job.commit()
         guest.talk().reset()
         return view
-    if guest:
-        _end_for_reboot(node, guests, job, guest, arguments)
-    job.commit()
-    job.phase("rebuild", 55, "starting the saved virtual hardware")
     instance = _saved(node, arguments.name)
+    if guest:
+        checks.require_valid(node, instance)
+        _end_for_reboot(node, guests, job, guest, arguments)
+    job.carry_on()
+    job.phase("rebuild", 55, "starting the saved virtual hardware")
     return build(node, guests, job, instance, accelerator=choose_accelerator(node, instance), paused=False)
 
 
@@ -150,20 +153,21 @@ def _saved(node: NodeContext, name: str) -> Instance:
 
 
 def _ask_to_shut_down(node: NodeContext, guests: Guests, job: JobContext, guest: Guest, timeout_s: float) -> bool:
-    """Whether the guest shut down in time. Raises Cancelled when the job is to give up; the guest then runs on."""
+    """Whether the guest shut down in time. Raises Cancelled when the job is to give up; the guest then is as before."""
     job.phase("shutdown", 10, f"pressing the power button and waiting up to {timeout_s:g} s")
+    was_running = guest.talk().status() == "running"
     _set_state(node, guest, InstanceState.STOPPING)
     try:
         return _press_until_it_ends(job, guest, timeout_s)
-    except OperationError:
+    except OperationError as exc:
+        if isinstance(exc, Cancelled) and not was_running:
+            with suppress(OperationError):
+                guest.talk().pause_vcpus()
         _take_back(node, guests, guest)
         raise
 
 
 def _press_until_it_ends(job: JobContext, guest: Guest, timeout_s: float) -> bool:
-    monitor = guest.talk()
-    if monitor.status() != "running":
-        monitor.continue_vcpus()
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         if not guest.ended.is_set():
@@ -203,7 +207,7 @@ def _kill(node: NodeContext, job: JobContext, guest: Guest) -> None:
 def _end_for_reboot(
     node: NodeContext, guests: Guests, job: JobContext, guest: Guest, arguments: RebootArguments
 ) -> None:
-    if arguments.mode == "hard":
+    if arguments.mode == "hard" or not _saved(node, arguments.name).hvparams.acpi:
         _kill(node, job, guest)
     elif not _ask_to_shut_down(node, guests, job, guest, arguments.timeout_s):
         _take_back(node, guests, guest)

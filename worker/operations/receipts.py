@@ -52,6 +52,10 @@ class Decision:
     verdict: Verdict
     waiting_for: tuple[str, ...] = ()
     attempt: int = 0
+    deaths: int = field(default=0, compare=False)
+    """How many of the earlier attempts ended with their worker, and not with a failure that was put off."""
+    cancelled: bool = field(default=False, compare=False)
+    """It was asked to give up while it had no worker: what an earlier attempt left has to be undone first."""
     message: str = field(default="", compare=False)
 
 

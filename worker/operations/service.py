@@ -18,6 +18,7 @@ from worker.kvm.qmp import EventLoop
 from worker.operations import incarnation
 from worker.operations.context import JobContext, NodeContext
 from worker.operations.guests import Guests
+from worker.operations.host import require_fit
 from worker.operations.incarnation import NodeLock
 from worker.operations.receipts import Ended, Wakeup
 from worker.operations.reconcile import adopt_guests
@@ -48,9 +49,10 @@ class Service:
     def open(cls, settings: Settings) -> Service:
         """Become the node's worker: schema, lock, incarnation, adoption, and the predecessor's jobs freed.
 
-        Raises SecondWorker, SchemaOutdated, ServiceUnreachable or what the database driver raises; nothing was changed
-        then, and no guest was touched.
+        Raises HostUnfit, SecondWorker, SchemaOutdated, ServiceUnreachable or what the database driver raises; nothing
+        was changed then, and no guest was touched.
         """
+        require_fit(settings)
         embedded.ensure(settings)
         lock = NodeLock(settings.state_dir, settings.node)
         try:
@@ -79,7 +81,10 @@ class Service:
         """Ask a running job to give up; the answer has ``outcome`` and ``message``."""
         job = self._jobs.get(job_id)
         if job is None:
-            return {"outcome": "running", "message": "it runs on another node, or is just ending"}
+            return {
+                "outcome": "running",
+                "message": "it runs on another node, is just ending, or gives up when it is taken up again",
+            }
         if job.cancel():
             return {"outcome": "requested", "message": f"it gives up in phase {job.current_phase} and undoes its work"}
         return {"outcome": "too_late", "message": f"too late: {job.current_phase}, it will finish"}

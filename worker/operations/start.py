@@ -28,6 +28,7 @@ from worker.operations import checks
 from worker.operations.context import JobContext, NodeContext
 from worker.operations.ending import Ending
 from worker.operations.guests import Guest, Guests, identity_of, release
+from worker.operations.patience import patient
 from worker.operations.views import instance_view
 
 log = structlog.get_logger(__name__)
@@ -59,9 +60,9 @@ def start(node: NodeContext, guests: Guests, job: JobContext, instance: Instance
     Raises InvalidArgument, AlreadyRunning, NetworkFailed or QemuFailed. After any of them no process, tap, folder or
     runtime is left, and an instance that was not known before is not known afterwards.
     """
-    job.phase("validate", 5, "checking the instance against this host")
     if done := finish_interrupted(node, instance.name, job):
         return done
+    job.phase("validate", 5, "checking the instance against this host")
     checks.require_valid(node, instance)
     instance = checks.resolve(instance, node.features())
     return build(node, guests, job, instance, accelerator=choose_accelerator(node, instance), paused=paused)
@@ -103,6 +104,7 @@ def build(
         view = _record(attempt, guest, paused=paused)
         undo.pop_all()
     guests.watch(guest)
+    guests.observe(guest)  # an event between the record and the watch had nobody to hear it
     for tap in attempt.taps.values():
         tap.close()
     return view
@@ -161,6 +163,7 @@ def _new_runtime(attempt: _Attempt) -> Runtime:
     )
 
 
+@patient
 def _unclaim(attempt: _Attempt, previous: dict[str, Any] | None) -> None:
     with attempt.node.database.transaction() as session:
         row = session.get(InstanceRow, attempt.instance.name, with_for_update=True)
@@ -188,7 +191,15 @@ def _open_network(attempt: _Attempt, undo: ExitStack) -> None:
         undo.callback(tap.close)
     with attempt.node.database.transaction() as session:
         row = session.get_one(Runtime, attempt.instance.name)
-        row.taps = [{"index": index, "name": attempt.taps[index].name, **nic.model_dump()} for index, nic in cards]
+        row.taps = [
+            {
+                "index": index,
+                "name": attempt.taps[index].name,
+                "ifindex": attempt.taps[index].ifindex,
+                **nic.model_dump(),
+            }
+            for index, nic in cards
+        ]
     for index, nic in cards:
         tap_name = attempt.taps[index].name
         env = scripts.environment(attempt.instance.name, attempt.instance.tags, index, nic, tap_name)
@@ -228,6 +239,7 @@ def _launch(attempt: _Attempt, undo: ExitStack) -> Guest:
     return Guest(instance.name, attempt.uuid, process, folder)
 
 
+@patient
 def _record(attempt: _Attempt, guest: Guest, *, paused: bool) -> InstanceView:
     with attempt.node.database.transaction() as session:
         row = session.get_one(InstanceRow, attempt.instance.name, with_for_update=True, populate_existing=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.services import missing
+from worker.kvm.folder import GuestFolder
 from worker.kvm.qmp import EventLoop
 
 QEMU = "qemu-system-x86_64"
@@ -46,9 +47,11 @@ def qemu(qemu_binary: Path, short_dir: Path) -> Iterator[Callable[..., subproces
     running: list[subprocess.Popen[bytes]] = []
 
     def start(monitor: Path, *options: str) -> subprocess.Popen[bytes]:
-        argv = (str(qemu_binary), "-nodefaults", "-display", "none", "-S", *(options or ("-machine", "none")))
-        argv += ("-qmp", f"unix:{monitor},server=on,wait=off")
-        running.append(subprocess.Popen(argv, cwd=short_dir, env={"PATH": os.defpath}))
+        argv = [str(qemu_binary), "-nodefaults", "-display", "none", "-S", *(options or ("-machine", "none"))]
+        with GuestFolder(short_dir).listen(monitor) as listener:  # as the worker does: whoever connects now, waits
+            fd = listener.fileno()
+            argv += ["-chardev", f"socket,id=qmp,fd={fd},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
+            running.append(subprocess.Popen(argv, cwd=short_dir, env={"PATH": os.defpath}, pass_fds=[fd]))
         return running[-1]
 
     yield start
