@@ -112,7 +112,7 @@ def cancel(app: Celery, service: Service, job_id: str, *, also_running: bool) ->
     if not service.node.ledger.knows(job_id) and _state(app, job_id) != JobState.PENDING:
         # Every node is asked, and those that share no database have not heard of it.
         return {"id": job_id, "outcome": "running", "message": "another node has it"}
-    outcome, ended = service.node.ledger.cancel(job_id, "cancelled before it began")
+    outcome, ended = service.node.ledger.cancel(job_id, "cancelled before it began", also_running=also_running)
     carry_out(app, ended)
     if outcome is CancelOutcome.REVOKED:
         mark_revoked(app, job_id, "cancelled before it began")

@@ -88,17 +88,19 @@ def test_a_second_worker_with_another_state_folder_is_refused_by_the_shared_data
 def test_two_nodes_that_share_a_database_know_their_own_instances_and_refuse_the_other_s(
     shared_database: str,
 ) -> None:
-    with node("n1", HOSTLER_DATABASE_URL=shared_database) as one:
-        with node("n2", HOSTLER_DATABASE_URL=shared_database) as two:
-            one.start_worker()
-            two.start_worker()
-            one.start(tiny_instance(one.root))
-            failed = two.failure("instance.start", instance=tiny_instance(two.root))
-            assert failed.code == "ALREADY_RUNNING"
-            assert "n1" in failed.message
-            assert two.failure("instance.stop", name="web1").code == "UNKNOWN_INSTANCE"
-            assert two.do("instance.list") == []
-            assert two.qemu_pids() == []
+    with (
+        node("n1", HOSTLER_DATABASE_URL=shared_database) as one,
+        node("n2", HOSTLER_DATABASE_URL=shared_database) as two,
+    ):
+        one.start_worker()
+        two.start_worker()
+        one.start(tiny_instance(one.root))
+        failed = two.failure("instance.start", instance=tiny_instance(two.root))
+        assert failed.code == "ALREADY_RUNNING"
+        assert "n1" in failed.message
+        assert two.failure("instance.stop", name="web1").code == "UNKNOWN_INSTANCE"
+        assert two.do("instance.list") == []
+        assert two.qemu_pids() == []
 
 
 def test_two_nodes_can_share_a_state_folder(n1: TestNode) -> None:

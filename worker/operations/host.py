@@ -20,7 +20,7 @@ class HostUnfit(OperationError):
 
 
 def require_fit(settings: Settings) -> None:
-    """Raises HostUnfit naming the setting. Of a host without QEMU only the log warns: its node can say what it lacks."""
+    """Raises HostUnfit naming the setting. A host without QEMU is only warned of in the log."""
     for name, script in (("HOSTLER_IFUP", settings.ifup), ("HOSTLER_IFDOWN", settings.ifdown)):
         if script and not (Path(script).is_file() and os.access(script, os.X_OK)):
             raise HostUnfit(f"{name}: {script!r} is not a program that can be run")

@@ -122,7 +122,8 @@ class Ledger:
         self._lock_node(session, receipt.slot)
         holder = self._lock_instance(session, known.instance_name if known else receipt.instance_name, receipt.job_id)
         job = owned_job(session, receipt.job_id) if known else self._insert(session, receipt)
-        if job.node != self._node or job.claimed_by or job.state in FINAL_JOB_STATES:
+        put_off = job.state == JobState.RETRY and job.retry_at is not None and job.retry_at > utc_now()
+        if job.node != self._node or job.claimed_by or job.state in FINAL_JOB_STATES or put_off:
             session.rollback()  # the lock too, where nobody had it
             return Decision(Verdict.DROP)
         if holder:
@@ -145,7 +146,9 @@ class Ledger:
         )
         session.add(job)
         session.flush()
-        session.add_all(JobParent(job_id=job.id, parent_id=parent) for parent in dict.fromkeys(receipt.after))
+        session.add_all(
+            JobParent(job_id=job.id, parent_id=parent) for parent in dict.fromkeys(receipt.after) if parent != job.id
+        )
         session.flush()
         return job
 
@@ -291,8 +294,12 @@ class Ledger:
 
     # Cancelling and trying again
 
-    def cancel(self, job_id: str, message: str) -> tuple[CancelOutcome, Ended]:
-        """Revoke a job that has not begun, also one whose message is still on its way; ask one that runs to give up."""
+    def cancel(self, job_id: str, message: str, *, also_running: bool = True) -> tuple[CancelOutcome, Ended]:
+        """Revoke a job that has not begun, also one whose message is still on its way.
+
+        For one that runs it is noted that it was asked to give up (unless not ``also_running``), for the worker that
+        carries it out, or for the next one.
+        """
         for _ in range(INSERTS_MAX):
             try:
                 with self._database.transaction() as session:
@@ -305,7 +312,7 @@ class Ledger:
                     if job.state in FINAL_JOB_STATES:
                         return CancelOutcome.FINISHED, Ended()
                     if job.claimed_by or (job.attempts and job.state == JobState.PENDING):
-                        job.cancel_requested_at = utc_now()
+                        job.cancel_requested_at = utc_now() if also_running else job.cancel_requested_at
                         return CancelOutcome.REQUESTED, Ended()
                     revoke(job, message)
                     slot = give_up_slot(job)
