@@ -51,7 +51,7 @@ def parents(session: Session, job_id: str) -> tuple[list[str], list[str]]:
     ids = session.scalars(select(JobParent.parent_id).where(JobParent.job_id == job_id).order_by(JobParent.parent_id))
     wanted = list(ids)
     found = select(Job.id, Job.state).where(Job.id.in_(wanted)).order_by(Job.id).with_for_update()
-    states = {job_id: state for job_id, state in session.execute(found)}
+    states = {row.id: row.state for row in session.execute(found)}
     still_open = [parent for parent in wanted if states.get(parent) not in FINAL_JOB_STATES]
     failed = [parent for parent in wanted if states.get(parent) in (JobState.FAILURE, JobState.REVOKED)]
     return still_open, failed

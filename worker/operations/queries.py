@@ -71,8 +71,8 @@ def node_info(node: NodeContext) -> dict[str, Any]:
     """Facts about this host, in the words of /proc."""
     memory = psutil.virtual_memory()
     with node.database.reading() as session:
-        by_state = select(InstanceRow.state, func.count()).where(InstanceRow.node == node.name)
-        counted = dict(session.execute(by_state.group_by(InstanceRow.state)).tuples().all())
+        by_state = select(InstanceRow.state, func.count().label("number")).where(InstanceRow.node == node.name)
+        counted = {row.state: row.number for row in session.execute(by_state.group_by(InstanceRow.state))}
     features = node.features()
     return {
         "node": node.name,

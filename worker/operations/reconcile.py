@@ -29,7 +29,7 @@ def adopt_guests(node: NodeContext, guests: Guests) -> None:
         rows = session.scalars(select(Runtime).where(Runtime.node == node.name)).all()
         states = {row.instance_name: row.instance.state for row in rows}
         unfinished = select(Job.instance_name, Job.phase).where(Job.node == node.name, Job.finished_at.is_(None))
-        open_jobs = {*session.execute(unfinished).tuples()}
+        open_jobs = {(row.instance_name, row.phase) for row in session.execute(unfinished)}
     changing = {name for name, _ in open_jobs}
     for row in rows:
         killed_by_us = (row.instance_name, "kill") in open_jobs
