@@ -90,14 +90,14 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
     except Exception as exc:
         failure = as_failure(exc)
         if isinstance(exc, Cancelled) or (job.is_giving_up and is_transient(exc)):
-            outcome.settle(task.app, job.id, lambda: ledger.revoke(job.id, failure.message))
+            outcome.settle(task.app, ledger, job.id, lambda: ledger.revoke(job.id, failure.message))
             outcome.mark_revoked(task.app, job.id, failure.message, request)
             raise Ignore from None
         if is_transient(exc) and outcome.postpone(task.app, service, request, failure):
             raise Ignore from None
-        outcome.settle(task.app, job.id, lambda: ledger.fail(job.id, as_error(failure)))
+        outcome.settle(task.app, ledger, job.id, lambda: ledger.fail(job.id, as_error(failure)))
         raise failure from None
-    outcome.settle(task.app, job.id, lambda: ledger.succeed(job.id, result))
+    outcome.settle(task.app, ledger, job.id, lambda: ledger.succeed(job.id, result))
     return result
 
 

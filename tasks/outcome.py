@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import structlog
 from celery import Celery
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
-from hostler.contract import FINAL_JOB_STATES, JobState, queue_name
+from hostler.contract import FINAL_JOB_STATES, ErrorCode, JobState, queue_name
 from hostler.errors import OperationFailed
 from tasks.reporting import Reporter
+from worker.operations.ledger import Ledger
 from worker.operations.receipts import CancelOutcome, Ended, Wakeup
 from worker.operations.service import Service
 
 log = structlog.get_logger(__name__)
 
 LEDGER_RETRY_S = 1.0
+UNRECORDABLE = {
+    "code": str(ErrorCode.INTERNAL),
+    "message": "the job ended, but its result could not be recorded; the worker's log has the reason",
+    "details": {"retryable": False},
+}
 shutting_down = threading.Event()
 """Set when the worker was told to end: nothing may hold it up then."""
 
@@ -36,7 +43,7 @@ def report(request: Any, state: JobState, meta: dict[str, Any] | OperationFailed
         reporter.report(request, state, meta)
 
 
-def settle(app: Celery, job_id: str, finish: Callable[[], Ended]) -> None:
+def settle(app: Celery, ledger: Ledger, job_id: str, finish: Callable[[], Ended]) -> None:
     """Record the end, however long the database is away, then see to the jobs that waited for this one."""
     while True:
         try:
@@ -45,10 +52,14 @@ def settle(app: Celery, job_id: str, finish: Callable[[], Ended]) -> None:
         except LookupError:
             log.error("a job ended whose row is gone", job=job_id)
             return
-        except SQLAlchemyError as exc:
+        except (OperationalError, InterfaceError) as exc:
             log.warning("the job's end could not be recorded; trying again", job=job_id, reason=str(exc))
             if shutting_down.wait(LEDGER_RETRY_S):
                 return  # the row says that it is under way: the next worker looks at what is true and ends it
+        except SQLAlchemyError:
+            # What it ended with is nothing a database can keep; its instance must not wait for that for ever.
+            log.exception("the job's end cannot be recorded as it is", job=job_id)
+            finish = partial(ledger.fail, job_id, UNRECORDABLE)
     for reporter in _reporters:
         reporter.settle(job_id)
     carry_out(app, ended)

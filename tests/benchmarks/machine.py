@@ -21,7 +21,7 @@ def describe() -> dict[str, str]:
     virtual = " (itself a virtual machine)" if "hypervisor" in _cpuinfo("flags").split() else ""
     return {
         "CPU": f"{_cpuinfo('model name')}, {len(os.sched_getaffinity(0))} cores{virtual}",
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "RAM": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "kernel": platform.release(),
         "QEMU": f"{_said(str(emulator.find()), '--version')}, accelerator TCG",
         "Python": platform.python_version(),

@@ -47,7 +47,7 @@ def test_json_carries_every_value() -> None:
     done = run_benchmarks("stop", "--runs", "2", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert set(found["machine"]) >= {"CPU", "memory", "kernel", "QEMU", "Python", "Celery", "database"}
+    assert set(found["machine"]) >= {"CPU", "RAM", "kernel", "QEMU", "Python", "Celery", "database"}
     for figures in found["benchmarks"]["stop"]["figures"]:
         assert figures["n"] == len(figures["values"]) == 2
 
