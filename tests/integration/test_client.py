@@ -510,9 +510,15 @@ def test_the_command_prints_one_json_document_for_programs(hostler: Hostler, wor
 
 
 def test_progress_goes_to_standard_error_only(hostler: Hostler, service: Service, worker: None) -> None:
-    service.open_gate("gated-start")
-    service.open_gate("gated-start")
+    def open_when_watched() -> None:
+        until(lambda: b"celery-task-meta-gated-start" in service.subscribed())
+        service.open_gate("gated-start")
+        service.open_gate("gated-start")
+
+    opener = threading.Thread(target=open_when_watched)
+    opener.start()
     done = hostler("start", "n1", "-", "--job-id", "gated-start", "--json", stdin=json.dumps(WEB1))
+    opener.join()
     assert json.loads(done.stdout)["state"] == "running"
     assert done.returncode == 0
     assert "60 %  spawn: spawn it" in done.stderr

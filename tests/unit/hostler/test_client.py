@@ -28,6 +28,7 @@ def test_every_task_of_the_contract_has_a_method(client: Client) -> None:
         client.reboot.job("n1", **name), client.pause.job("n1", **name), client.resume.job("n1", **name),
         client.cleanup.job("n1", **name), client.info.job("n1", **name), client.console.job("n1", **name),
         client.list.job("n1"), client.node_info.job("n1"), client.jobs.job("n1"), client.job_info.job("n1", id="x"),
+        client.job_cancel.job("n1", id="x"), client.job_retry.job("n1", id="x"), client.job_why.job("n1", id="x"),
     ]  # fmt: skip
     assert {request.task for request in requests} == set(ARGUMENTS)
     assert {request.node for request in requests} == {"n1"}
