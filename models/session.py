@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
 URL_EXAMPLE = "postgresql+psycopg://hostler:password@host/hostler"
+
+POOL_OVERFLOW = 64
+"""As many connections beyond the pool as jobs may run at once."""
 
 SQLITE_BUSY_TIMEOUT_S = 30
 """How long a writer waits for another one's transaction; ours last milliseconds."""
@@ -45,6 +49,8 @@ class Database:
         except OSError as exc:
             raise DatabaseUnusable(f"cannot make the database's folder: {exc}") from None
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        # SQLite's waiting writers sleep and try again, in no order, and some starve; a lock makes them a queue.
+        self._writer = threading.Lock() if self.is_sqlite else nullcontext()
 
     @property
     def is_sqlite(self) -> bool:
@@ -54,7 +60,7 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[Session]:
         """A session that commits at the end and rolls back on an exception. On SQLite it is the only writer."""
-        with self._sessions.begin() as session:
+        with self._writer, self._sessions.begin() as session:
             yield session
 
     @contextmanager
@@ -71,10 +77,12 @@ class Database:
 
 def _create_engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_size=8, max_overflow=64, isolation_level="READ COMMITTED")
+        # No ping before each use, a round trip each time: after a restart one transaction fails and empties the pool,
+        # and those that must not fail are repeated.
+        return create_engine(url, pool_size=8, max_overflow=POOL_OVERFLOW, isolation_level="READ COMMITTED")
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, max_overflow=POOL_OVERFLOW)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

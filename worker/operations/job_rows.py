@@ -109,3 +109,13 @@ def owned_job(session: Session, job_id: str) -> Job:
     if job is None:
         raise LookupError(f"job {job_id} is not in the ledger")
     return job
+
+
+def waiting_children(session: Session, job_id: str) -> list[str]:
+    """The jobs that wait for this one to end."""
+    children = (
+        select(JobParent.job_id)
+        .join(Job, Job.id == JobParent.job_id)
+        .where(JobParent.parent_id == job_id, Job.state == JobState.WAITING, Job.waits_on == PARENTS)
+    )
+    return list(session.scalars(children))

@@ -41,6 +41,7 @@ from worker.operations.job_rows import (
     parents,
     park,
     revoke,
+    waiting_children,
     wakeup,
 )
 from worker.operations.patience import patient
@@ -127,6 +128,7 @@ class Ledger:
             session.rollback()  # the lock too, where nobody had it
             return Decision(Verdict.DROP)
         if holder:
+            session.flush()  # it gets its place in the order
             return park(job, INSTANCE, [holder, *ahead(session, job)])
         if not job.slot_taken and (running := self._class_is_full(session, job)):
             return park(job, LIMIT, running)
@@ -143,13 +145,16 @@ class Ledger:
             slot=receipt.slot,
             priority=receipt.priority,
             after_failure=receipt.after_failure,
+            received_at=utc_now(),
+            attempts=0,
+            retries=0,
+            slot_taken=False,
         )
         session.add(job)
-        session.flush()
-        session.add_all(
-            JobParent(job_id=job.id, parent_id=parent) for parent in dict.fromkeys(receipt.after) if parent != job.id
-        )
-        session.flush()
+        if others := [parent for parent in dict.fromkeys(receipt.after) if parent != job.id]:
+            session.flush()
+            session.add_all(JobParent(job_id=job.id, parent_id=parent) for parent in others)
+            session.flush()
         return job
 
     def _lock_instance(self, session: Session, instance_name: str | None, job_id: str) -> str | None:
@@ -239,19 +244,14 @@ class Ledger:
             job.finished_at = utc_now()
             if state == JobState.SUCCESS:
                 job.percent = 100
-            slot = give_up_slot(job)
+            slot, children = give_up_slot(job), waiting_children(session, job_id)
             ended = Ended(hand_on(session, lock, job_id))
-        return self._wake_others(job_id, slot, ended)
+        return self._wake_others(children, slot, ended)
 
-    def _wake_others(self, job_id: str, slot: str | None, ended: Ended) -> Ended:
+    def _wake_others(self, children: list[str], slot: str | None, ended: Ended) -> Ended:
         """In transactions of their own; a worker killed in between leaves them to ``overdue``."""
         if slot:
             ended.wakeups += self._fill_class(slot)
-        with self._database.reading() as session:
-            children = session.scalars(
-                select(JobParent.job_id).join(Job, Job.id == JobParent.job_id)
-                .where(JobParent.parent_id == job_id, Job.state == JobState.WAITING, Job.waits_on == PARENTS)
-            ).all()  # fmt: skip
         for child in children:
             self._settle_child(child, ended)
         return ended
@@ -265,6 +265,7 @@ class Ledger:
             if failed and job.after_failure == "cancel":
                 revoke(job, f"job {failed[0]}, which it comes after, failed")
                 ended.revoked.append(child)
+                children = waiting_children(session, child)
             elif still_open:
                 job.waiting_for = still_open
                 return
@@ -272,7 +273,7 @@ class Ledger:
                 job.state, job.waits_on, job.waiting_for = JobState.PENDING, None, []
                 ended.wakeups.append(wakeup(job))
                 return
-        self._wake_others(child, None, ended)
+        self._wake_others(children, None, ended)
 
     def _fill_class(self, slot: str) -> list[Wakeup]:
         """Give the free places of a class to those that wait longest, the more urgent first."""
@@ -315,9 +316,9 @@ class Ledger:
                         job.cancel_requested_at = utc_now() if also_running else job.cancel_requested_at
                         return CancelOutcome.REQUESTED, Ended()
                     revoke(job, message)
-                    slot = give_up_slot(job)
+                    slot, children = give_up_slot(job), waiting_children(session, job_id)
                     ended = Ended(hand_on(session, lock, job_id))
-                return CancelOutcome.REVOKED, self._wake_others(job_id, slot, ended)
+                return CancelOutcome.REVOKED, self._wake_others(children, slot, ended)
             except IntegrityError as exc:
                 conflict = exc
         raise conflict
