@@ -25,6 +25,7 @@ TABLES = (
     "runtimes",
     "disk_leases",
     "jobs",
+    "job_parents",
     "instance_locks",
     "uid_ranges",
     "uid_leases",
@@ -150,10 +151,18 @@ def _jobs() -> None:
         _column("percent", sa.SmallInteger()),
         _column("message", _long_text()),
         _column("phases", _document()),
+        _column("priority", sa.SmallInteger()),
+        _column("waits_on", _key(16), nullable=True),
         _column("waiting_for", _document()),
         _column("live_migration", _document(), nullable=True),
         _column("attempts", sa.Integer()),
         _column("claimed_by", _key(36), nullable=True),
+        _column("slot", _key(16), nullable=True),
+        _column("slot_taken", sa.Boolean()),
+        _column("after_failure", _key(16)),
+        _column("cancel_requested_at", _time(), nullable=True),
+        _column("retries", sa.Integer()),
+        _column("retry_at", _time(), nullable=True),
         _column("retry_of", _key(), nullable=True),
         _column("result", _document(), nullable=True),
         _column("error", _document(), nullable=True),
@@ -168,7 +177,16 @@ def _jobs() -> None:
     )
     op.create_index("ix_jobs_node_state_sequence", "jobs", ["node", "state", "sequence"])
     op.create_index("ix_jobs_instance_name_state_sequence", "jobs", ["instance_name", "state", "sequence"])
+    op.create_index("ix_jobs_state_retry_at", "jobs", ["state", "retry_at"])
     op.create_index("ix_jobs_finished_at", "jobs", ["finished_at"])
+    _table(
+        "job_parents",
+        _column("job_id", _key()),
+        _column("parent_id", _key()),
+        sa.PrimaryKeyConstraint("job_id", "parent_id", name="pk_job_parents"),
+        _refers("job_parents", "job_id", "jobs.id", ondelete="CASCADE"),
+    )
+    op.create_index("ix_job_parents_parent_id", "job_parents", ["parent_id"])
 
 
 def _instance_locks() -> None:
