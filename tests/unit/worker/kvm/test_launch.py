@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from hostler.payloads import Instance
+from tests.nodes import until
 from worker.errors import QemuFailed
 from worker.kvm.folder import GuestFolder
 from worker.kvm.launch import Sockets, describe_exit, greet, spawn
@@ -123,6 +124,7 @@ def test_its_sockets_are_its_owners_alone_and_its_journal_has_its_end(launcher: 
 def test_the_journal_hears_of_an_end_that_no_worker_saw(launcher: Launcher, qemu_binary: Path) -> None:
     process = launcher.spawn(qemu_binary)
     launcher.greet(process).close()
+    until(lambda: b'"return"' in launcher.folder.journal.read_bytes())  # QEMU has read the journal's handshake
     process.kill()
     written = launcher.folder.last_event("SHUTDOWN")
     assert written
