@@ -169,8 +169,8 @@ FAULTS = {
 
 
 TRANSIENT = {fault for fault, (_, code, _said) in FAULTS.items() if code == "QMP_LOST"}
-"""Faults that are likely to pass: the job is put off, everything undone meanwhile, and tried again by itself. A database
-that refuses a write (the triggers' way) is not one that is away: that job fails."""
+"""Faults that are likely to pass: the job is put off, everything undone meanwhile, and tried again by itself. A
+database that refuses a write (the triggers' way) is not one that is away: that job fails."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
