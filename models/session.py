@@ -80,8 +80,9 @@ def _create_engine(url: URL) -> Engine:
         # No ping before each use, a round trip each time: after a restart one transaction fails and empties the pool,
         # and those that must not fail are repeated.
         return create_engine(url, pool_size=8, max_overflow=POOL_OVERFLOW, isolation_level="READ COMMITTED")
-    if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if url.database in (None, "", ":memory:"):
+        raise DatabaseUnusable("HOSTLER_DATABASE_URL is an SQLite database in memory, which would forget every job")
+    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, max_overflow=POOL_OVERFLOW)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

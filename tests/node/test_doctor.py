@@ -191,11 +191,11 @@ def test_whether_a_worker_lives_is_told_without_touching_its_lock(run: Run, fold
         assert "alive, pid 4711" in checks(run("--json", **ELSEWHERE))["worker"]["detail"]
 
 
-def test_a_check_that_breaks_does_not_end_the_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_breaks_does_not_end_the_doctor(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(schema, "head_revision", broken)
-    result = run("--json", HOSTLER_DATABASE_URL="sqlite://", **ELSEWHERE)
+    result = run("--json", HOSTLER_DATABASE_URL=f"sqlite:///{folder}/some.db", **ELSEWHERE)
     assert checks(result)["database"]["detail"] == "the check itself failed: RuntimeError: no such thing"
     assert list(checks(result)) == ALL

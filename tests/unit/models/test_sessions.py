@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from migrations import schema
-from models import Database, Job, Node
+from models import Database, DatabaseUnusable, Job, Node
 
 
 @pytest.fixture
@@ -74,3 +74,9 @@ def test_the_folder_of_an_embedded_database_is_made_for_its_owner_alone(tmp_path
         assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     finally:
         database.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_database_in_memory_is_refused_because_it_would_forget_every_job(url: str) -> None:
+    with pytest.raises(DatabaseUnusable, match="in memory"):
+        Database(url)
