@@ -196,6 +196,7 @@ def test_a_check_that_breaks_does_not_end_the_doctor(run: Run, folder: Path, mon
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(schema, "head_revision", broken)
+    (folder / "some.db").touch()
     result = run("--json", HOSTLER_DATABASE_URL=f"sqlite:///{folder}/some.db", **ELSEWHERE)
     assert checks(result)["database"]["detail"] == "the check itself failed: RuntimeError: no such thing"
     assert list(checks(result)) == ALL
