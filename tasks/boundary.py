@@ -95,7 +95,7 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
             raise Ignore from None
         if is_transient(exc) and outcome.postpone(task.app, service, request, failure):
             raise Ignore from None
-        outcome.settle(task.app, ledger, job.id, lambda: ledger.fail(job.id, as_error(failure)))
+        outcome.settle(task.app, ledger, job.id, lambda: ledger.fail(job.id, outcome.as_error(failure)))
         raise failure from None
     outcome.settle(task.app, ledger, job.id, lambda: ledger.succeed(job.id, result))
     return result
@@ -134,8 +134,3 @@ def as_failure(exc: Exception) -> OperationFailed:
         return OperationFailed(ErrorCode.INTERNAL, f"the node's database failed: {reason}", {"retryable": True})
     log.exception("unexpected error in an operation")
     return OperationFailed(ErrorCode.INTERNAL, f"{type(exc).__name__}: {exc}", {"retryable": False})
-
-
-def as_error(failure: OperationFailed) -> dict[str, Any]:
-    """A failure as the ledger keeps it."""
-    return {"code": failure.code, "message": failure.message, "details": failure.details}

@@ -43,6 +43,11 @@ def report(request: Any, state: JobState, meta: dict[str, Any] | OperationFailed
         reporter.report(request, state, meta)
 
 
+def as_error(failure: OperationFailed) -> dict[str, Any]:
+    """A failure as the ledger keeps it."""
+    return {"code": failure.code, "message": failure.message, "details": failure.details}
+
+
 def settle(app: Celery, ledger: Ledger, job_id: str, finish: Callable[[], Ended]) -> None:
     """Record the end, however long the database is away, then see to the jobs that waited for this one."""
     while True:
@@ -99,9 +104,8 @@ def mark_revoked(app: Celery, job_id: str, message: str, request: Any = None) ->
 
 def postpone(app: Celery, service: Service, request: Any, failure: OperationFailed) -> bool:
     """Put a job off after a transient failure; False when it was tried often enough, or the database is away."""
-    error = {"code": failure.code, "message": failure.message, "details": failure.details}
     try:
-        put_off = service.node.ledger.postpone(request.id, error)
+        put_off = service.node.ledger.postpone(request.id, as_error(failure))
     except (LookupError, SQLAlchemyError):
         return False
     if put_off is None:

@@ -17,16 +17,15 @@ from worker.operations.service import current
 @control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
 def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> dict[str, Any]:
     """Cancel jobs by id; with terminate also those that run. A thread knows no signal: it is ignored."""
-    ids = [task_id] if isinstance(task_id, str) else list(task_id or [])
-    return _cancel(state, ids, also_running=bool(terminate))
+    return _cancel(state, task_id, also_running=bool(terminate))
 
 
 @control_command(variadic="task_id", args=[("signal", str)], signature="<signal> [id1 [id2 [... [idN]]]]")
 def terminate(state: Any, signal: Any, task_id: Any, **_: Any) -> dict[str, Any]:
     """Cancel jobs by id, also those that run."""
+    return _cancel(state, task_id, also_running=True)
+
+
+def _cancel(state: Any, task_id: Any, *, also_running: bool) -> dict[str, Any]:
     ids = [task_id] if isinstance(task_id, str) else list(task_id or [])
-    return _cancel(state, ids, also_running=True)
-
-
-def _cancel(state: Any, ids: list[str], *, also_running: bool) -> dict[str, Any]:
     return {"ok": [outcome.cancel(state.app, current(), job_id, also_running=also_running) for job_id in ids]}

@@ -22,6 +22,12 @@ def wakeup(job: Job) -> Wakeup:
     return Wakeup(job.id, job.task, job.arguments, job.node, job.priority)
 
 
+def make_ready(job: Job) -> Wakeup:
+    """A job that waited has what it waited for: it is pending, and its message is to be sent."""
+    job.state, job.waits_on, job.waiting_for = JobState.PENDING, None, []
+    return wakeup(job)
+
+
 def park(job: Job, waits_on: str, waiting_for: list[str]) -> Decision:
     job.state, job.waits_on, job.waiting_for = JobState.WAITING, waits_on, waiting_for
     others = f" and {len(waiting_for) - 1} more" if len(waiting_for) > 1 else ""
@@ -87,9 +93,8 @@ def hand_on(session: Session, lock: InstanceLock | None, job_id: str) -> list[Wa
     if following is None:
         session.delete(lock)
         return []
-    following.state, following.waits_on, following.waiting_for = JobState.PENDING, None, []
     lock.job_id, lock.node, lock.taken_at = following.id, following.node, utc_now()
-    return [wakeup(following)]
+    return [make_ready(following)]
 
 
 def locked_lock(session: Session, instance_name: str) -> InstanceLock | None:

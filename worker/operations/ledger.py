@@ -37,6 +37,7 @@ from worker.operations.job_rows import (
     hand_on,
     locked_lock,
     locked_with_instance,
+    make_ready,
     owned_job,
     parents,
     park,
@@ -189,7 +190,7 @@ class Ledger:
     def _claim(self, job: Job) -> Decision:
         job.state = JobState.STARTED
         job.claimed_by = self._incarnation
-        job.attempts = (job.attempts or 0) + 1
+        job.attempts += 1
         job.started_at = job.started_at or utc_now()
         job.waits_on, job.waiting_for = None, []
         deaths, cancelled = job.attempts - 1 - job.retries, job.cancel_requested_at is not None
@@ -270,8 +271,7 @@ class Ledger:
                 job.waiting_for = still_open
                 return
             else:
-                job.state, job.waits_on, job.waiting_for = JobState.PENDING, None, []
-                ended.wakeups.append(wakeup(job))
+                ended.wakeups.append(make_ready(job))
                 return
         self._wake_others(children, None, ended)
 
@@ -290,8 +290,8 @@ class Ledger:
                 .with_for_update()
             ).all()
             for job in waiting:
-                job.state, job.waits_on, job.waiting_for, job.slot_taken = JobState.PENDING, None, [], True
-            return [wakeup(job) for job in waiting]
+                job.slot_taken = True
+            return [make_ready(job) for job in waiting]
 
     # Cancelling and trying again
 
@@ -313,7 +313,8 @@ class Ledger:
                     if job.state in FINAL_JOB_STATES:
                         return CancelOutcome.FINISHED, Ended()
                     if job.claimed_by or (job.attempts and job.state == JobState.PENDING):
-                        job.cancel_requested_at = utc_now() if also_running else job.cancel_requested_at
+                        if also_running:
+                            job.cancel_requested_at = utc_now()
                         return CancelOutcome.REQUESTED, Ended()
                     revoke(job, message)
                     slot, children = give_up_slot(job), waiting_children(session, job_id)

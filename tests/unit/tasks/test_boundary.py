@@ -12,7 +12,8 @@ from hostler.contract import ErrorCode, TaskName
 from hostler.errors import InvalidArgument, OperationFailed
 from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS
 from tasks import instance, job, node
-from tasks.boundary import OPERATIONS, REFUSED_MAX, as_error, as_failure, is_transient, receipt_of
+from tasks.boundary import OPERATIONS, REFUSED_MAX, as_failure, is_transient, receipt_of
+from tasks.outcome import as_error
 from worker.errors import NotRunning, OperationError, QmpLost, UnknownInstance
 
 WEB1: dict[str, Any] = {"name": "web1", "memory_mib": 64}
