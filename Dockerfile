@@ -2,7 +2,7 @@
 FROM debian:bookworm-slim
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv qemu-system-x86 iproute2 socat \
+    && apt-get install -y --no-install-recommends python3 python3-venv qemu-system-x86 qemu-utils iproute2 socat \
     && rm -rf /var/lib/apt/lists/*
 
 COPY . /src

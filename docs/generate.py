@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the code, so that the two cannot disagree. Run by ``./dev docs``; a test compares."""
+"""Writes docs/reference.md, docs/recovery.md, docs/parity.md from the code. Run by ``./dev docs``; a test compares."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs import parity_table, recovery_page
 from hostler.contract import ErrorCode, InstanceState, JobState
+from hostler.hvchecks import CROSS_CHECKS
 from hostler.hvparams import HvParams
 from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, Disk, Instance, Nic
 from hostler.settings import PREFIX, Settings
-from tasks import instance, job, node  # noqa: F401  (their import fills OPERATIONS)
+from tasks import hotplug, instance, isolation, job, maintenance, migration, node, snapshot  # noqa: F401  (their import fills OPERATIONS)
 from tasks.boundary import OPERATIONS
 from worker import errors
+from worker.operations.assessments import NO_EFFECT
+from worker.operations.hardware import UNSUPPORTED
 
 REFERENCE = Path(__file__).with_name("reference.md")
 
 MEANINGS = {
     ErrorCode.INVALID_ARGUMENT: "An argument is wrong; details.errors lists every field with its reason. No effect.",
     ErrorCode.INSTANCE_BUSY: "Reserved: jobs of a busy instance wait.",
-    ErrorCode.UID_POOL_EXHAUSTED: "Reserved for the uid pool.",
-    ErrorCode.MIGRATION_FAILED: "Reserved for live migration.",
+    ErrorCode.MIGRATION_FAILED: "It came to nothing. details: node (where the guest is), state, phase, report.",
     ErrorCode.CANCELLED: "The job was revoked before it ran.",
-    ErrorCode.NODE_UNAVAILABLE: "Reserved: the node has no worker.",
+    ErrorCode.NODE_UNAVAILABLE: "A node is drained, fenced or busy; the message says what makes it available.",
     ErrorCode.INTERNAL: "Something nobody foresaw; the worker's log has the traceback.",
 }
 
 
 def render() -> str:
     """The whole reference."""
-    return "\n".join([*_head(), *_settings(), *_tasks(), *_instance(), *_states(), *_codes()]) + "\n"
+    parts = [*_head(), *_settings(), *_tasks(), *_instance(), *_hvparams(), *_states(), *_codes()]
+    return "\n".join(parts) + "\n"
 
 
 def _head() -> Iterator[str]:
@@ -66,6 +70,16 @@ def _instance() -> Iterator[str]:
             yield f"| `{name}` | {_type(model, name)} | {_default(field)} | {field.description or ''} |"
 
 
+def _hvparams() -> Iterator[str]:
+    yield from ("", "### What does not go together", "", "Refused as `INVALID_ARGUMENT` before anything is sent.", "")
+    yield from (f"- `{field}`: {reason}" for field, _, reason in CROSS_CHECKS)
+    yield from ("", "### What does nothing", "", "A warning of `instance.check` where it is set all the same.", "")
+    names = dict.fromkeys(f"`{field}`" for field, _, _ in NO_EFFECT)
+    yield f"{', '.join(names)}, where the parameter or device is missing that they are about."
+    yield from ("", "### What is understood and not possible yet", "", "Refused by the node as `UNSUPPORTED`.", "")
+    yield from (f"- `{field}`: {reason}" for field, _, reason in UNSUPPORTED)
+
+
 def _states() -> Iterator[str]:
     yield from ("", "## States", "", "Jobs: " + ", ".join(f"`{state}`" for state in JobState) + ".", "")
     yield "Instances: " + ", ".join(f"`{state}`" for state in InstanceState) + "."
@@ -91,7 +105,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default_factory is not None:
-        return "see meaning" if field.description else "empty"
+        return "empty" if field.default_factory is list else "see meaning"
     return f"`{field.default!r}`" if field.default != "" else "empty"
 
 
@@ -101,6 +115,10 @@ def _type(model: type[BaseModel], name: str) -> str:
         return ", ".join(f"`{value!r}`" for value in schema["enum"])
     if "anyOf" in schema:
         return " or ".join(str(option.get("type", "object")) for option in schema["anyOf"])
+    if "items" in schema and "type" in schema["items"]:
+        return f"array of {schema['items']['type']}"
+    if "minimum" in schema and "maximum" in schema:
+        return f"{schema['type']} {schema['minimum']} to {schema['maximum']}"
     return str(schema.get("type", "object"))
 
 
@@ -110,4 +128,6 @@ def _first_line(documented: object) -> str:
 
 if __name__ == "__main__":
     REFERENCE.write_text(render())
-    print(f"wrote {REFERENCE}")
+    recovery_page.RECOVERY.write_text(recovery_page.render())
+    parity_table.PARITY.write_text(parity_table.render())
+    print(f"wrote {REFERENCE}, {recovery_page.RECOVERY} and {parity_table.PARITY}")

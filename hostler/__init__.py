@@ -6,9 +6,10 @@ from hostler.contract import ErrorCode, InstanceState, JobState, TaskName, queue
 from hostler.errors import InvalidArgument, OperationFailed, ServiceUnreachable
 
 if TYPE_CHECKING:
-    from hostler.client import Client, JobRequest
+    from hostler.client import Client
     from hostler.executor import JobExecutor
     from hostler.job import Job, JobSnapshot
+    from hostler.job_request import JobRequest
     from hostler.payloads import Disk, Instance, Nic
 
 __all__ = [
@@ -39,7 +40,7 @@ _ON_DEMAND = {
     "Instance": "hostler.payloads",
     "Job": "hostler.job",
     "JobExecutor": "hostler.executor",
-    "JobRequest": "hostler.client",
+    "JobRequest": "hostler.job_request",
     "JobSnapshot": "hostler.job",
     "Nic": "hostler.payloads",
 }

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, ParamSpec, Self, overload
+from typing import Any, Literal, Self
 
 from celery import Celery
 from celery.backends.redis import RedisBackend
@@ -19,10 +18,14 @@ from celery.exceptions import ImproperlyConfigured
 from kombu import Queue
 
 from hostler.celery_options import shared_options
+from hostler.client_maintenance import MaintenanceTasks
+from hostler.client_migration import MigrationTasks
 from hostler.contract import TaskName, queue_name, worker_name
-from hostler.errors import InvalidArgument
+from hostler.errors import ServiceUnreachable
+from hostler.hidden import shown
 from hostler.job import Job, reaching, safe_url
-from hostler.payloads import ARGUMENTS, Instance, JobIdArguments, parse
+from hostler.job_request import JobRequest, Task, check_address, check_id, request
+from hostler.payloads import Disk, Instance, Nic
 from hostler.settings import Settings, SettingsError, load
 
 ANSWER_S = 3.0
@@ -33,65 +36,11 @@ _RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0.2, "interval
 """One more attempt, for a connection that went stale; Celery's own default may go on for ever."""
 
 InstanceSpec = Instance | Mapping[str, Any]
-P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """A job not sent yet, its arguments checked. Made by ``client.TASK.job(...)``, sent by :meth:`Client.send`."""
-
-    task: TaskName
-    node: str
-    arguments: dict[str, Any]
-    job_id: str | None = None
-
-    def after(self, *job_ids: str, even_if_failed: bool = False) -> JobRequest:
-        """The same job, to begin only when those have ended, on whichever node they run.
-
-        Should one of them fail or be cancelled, this one is cancelled too, unless ``even_if_failed``. The nodes have to
-        share a database. Raises InvalidArgument for an id no job can have.
-        """
-        for job_id in job_ids:
-            _check_id("after", job_id)
-        waits = {"after": list(job_ids)} | ({"after_failure": "run"} if even_if_failed else {})
-        return replace(self, arguments=self.arguments | waits)
-
-
-class TaskCall(Generic[P]):
-    """A task of one client. Call it to send a job; :meth:`job` builds the job without sending it."""
-
-    def __init__(self, client: Client, build: Callable[P, JobRequest]) -> None:
-        self._client = client
-        self._build = build
-        self.__doc__ = build.__doc__
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Job:
-        """Send the job. Raises InvalidArgument (nothing was sent) or ServiceUnreachable."""
-        return self._client.send(self._build(*args, **kwargs))
-
-    def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest:
-        """Build the job without sending it. Raises InvalidArgument, naming the field."""
-        return self._build(*args, **kwargs)
-
-
-class _Task(Generic[P]):
-    """Binds a builder of requests to a client, as a method is bound to its object."""
-
-    def __init__(self, build: Callable[P, JobRequest]) -> None:
-        self._build = build
-        self.__doc__ = build.__doc__
-
-    @overload
-    def __get__(self, client: None, owner: type[Client]) -> Self: ...
-    @overload
-    def __get__(self, client: Client, owner: type[Client]) -> TaskCall[P]: ...
-    def __get__(self, client: Client | None, owner: type[Client]) -> Self | TaskCall[P]:
-        return self if client is None else TaskCall(client, self._build)
 
 
 def _start(node: str, instance: InstanceSpec, paused: bool = False, job_id: str | None = None) -> JobRequest:
     """Build and run a guest; with ``paused`` it is left before its first instruction. Result: the instance view."""
-    return _request(TaskName.INSTANCE_START, node, job_id, instance=instance, paused=paused)
+    return request(TaskName.INSTANCE_START, node, job_id, instance=instance, paused=paused)
 
 
 def _stop(
@@ -104,7 +53,7 @@ def _stop(
     job_id: str | None = None,
 ) -> JobRequest:
     """Ask the guest to shut down through ACPI, or kill it with ``force``. Result: the view plus ``how`` it ended."""
-    return _request(
+    return request(
         TaskName.INSTANCE_STOP, node, job_id, name=name, force=force, timeout_s=timeout_s, on_timeout=on_timeout
     )
 
@@ -117,47 +66,217 @@ def _reboot(
     job_id: str | None = None,
 ) -> JobRequest:
     """Restart the guest: by ACPI (``soft``), by killing it (``hard``) or by its reset line. Result: the view."""
-    return _request(TaskName.INSTANCE_REBOOT, node, job_id, name=name, mode=mode, timeout_s=timeout_s)
+    return request(TaskName.INSTANCE_REBOOT, node, job_id, name=name, mode=mode, timeout_s=timeout_s)
+
+
+def _restart(node: str, name: str, job_id: str | None = None) -> JobRequest:
+    """Start an instance that does not run again, as it was last started. Result: the instance view and ``how``."""
+    return request(TaskName.INSTANCE_RESTART, node, job_id, name=name)
 
 
 def _pause(node: str, name: str, job_id: str | None = None) -> JobRequest:
     """Halt the guest's processors; its memory stays. Result: the instance view."""
-    return _request(TaskName.INSTANCE_PAUSE, node, job_id, name=name)
+    return request(TaskName.INSTANCE_PAUSE, node, job_id, name=name)
 
 
 def _resume(node: str, name: str, job_id: str | None = None) -> JobRequest:
     """Let a paused guest go on. Result: the instance view."""
-    return _request(TaskName.INSTANCE_RESUME, node, job_id, name=name)
+    return request(TaskName.INSTANCE_RESUME, node, job_id, name=name)
 
 
 def _cleanup(node: str, name: str, job_id: str | None = None) -> JobRequest:
     """Remove what a guest that no longer runs left behind. Result: what was removed, released, quarantined."""
-    return _request(TaskName.INSTANCE_CLEANUP, node, job_id, name=name)
+    return request(TaskName.INSTANCE_CLEANUP, node, job_id, name=name)
+
+
+def _disk_add(node: str, name: str, disk: Disk | Mapping[str, Any], job_id: str | None = None) -> JobRequest:
+    """Plug a disk into a running guest, as its last one. Result: the instance view."""
+    return request(TaskName.INSTANCE_DISK_ADD, node, job_id, name=name, disk=disk)
+
+
+def _disk_remove(node: str, name: str, path: str, timeout_s: float = 30, job_id: str | None = None) -> JobRequest:
+    """Take a disk out once the guest has let go of it. Result: the instance view."""
+    return request(TaskName.INSTANCE_DISK_REMOVE, node, job_id, name=name, path=path, timeout_s=timeout_s)
+
+
+def _disk_resize(node: str, name: str, path: str, size_mib: int, job_id: str | None = None) -> JobRequest:
+    """Make a disk of a running guest larger. Result: the instance view."""
+    return request(TaskName.INSTANCE_DISK_RESIZE, node, job_id, name=name, path=path, size_mib=size_mib)
+
+
+def _nic_add(node: str, name: str, nic: Nic | Mapping[str, Any], job_id: str | None = None) -> JobRequest:
+    """Plug a network card into a running guest, as its last one. Result: the instance view."""
+    return request(TaskName.INSTANCE_NIC_ADD, node, job_id, name=name, nic=nic)
+
+
+def _nic_remove(node: str, name: str, mac: str, timeout_s: float = 30, job_id: str | None = None) -> JobRequest:
+    """Take a card out once the guest has let go of it. Result: the instance view."""
+    return request(TaskName.INSTANCE_NIC_REMOVE, node, job_id, name=name, mac=mac, timeout_s=timeout_s)
+
+
+def _cd_insert(
+    node: str,
+    name: str,
+    path: str,
+    drive: Literal["cdrom", "cdrom2"] = "cdrom",
+    *,
+    timeout_s: float = 30,
+    force: bool = False,
+    job_id: str | None = None,
+) -> JobRequest:
+    """Put a CD into a drive, in the place of the one in it; ``force`` also where the guest has locked it.
+
+    Result: the instance view.
+    """
+    how = {"drive": drive, "timeout_s": timeout_s, "force": force}
+    return request(TaskName.INSTANCE_CD_INSERT, node, job_id, name=name, path=path, **how)
+
+
+def _cd_eject(
+    node: str,
+    name: str,
+    drive: Literal["cdrom", "cdrom2"] = "cdrom",
+    *,
+    timeout_s: float = 30,
+    force: bool = False,
+    job_id: str | None = None,
+) -> JobRequest:
+    """Take the CD out of a drive, ``force`` also where the guest has locked it. Result: the instance view."""
+    how = {"drive": drive, "timeout_s": timeout_s, "force": force}
+    return request(TaskName.INSTANCE_CD_EJECT, node, job_id, name=name, **how)
+
+
+def _set_memory(node: str, name: str, memory_mib: int, timeout_s: float = 30, job_id: str | None = None) -> JobRequest:
+    """Change how much memory a running guest has, by its balloon. Result: the instance view."""
+    return request(TaskName.INSTANCE_SET_MEMORY, node, job_id, name=name, memory_mib=memory_mib, timeout_s=timeout_s)
+
+
+def _set_password(
+    node: str, name: str, kind: Literal["vnc", "spice"], password_file: str, job_id: str | None = None
+) -> JobRequest:
+    """Give a display the password that is in a file on the node. Result: the instance view."""
+    return request(TaskName.INSTANCE_SET_PASSWORD, node, job_id, name=name, kind=kind, password_file=password_file)
+
+
+def _backup(
+    node: str,
+    name: str,
+    target_dir: str | None = None,
+    *,
+    targets: Sequence[str] = (),
+    format: Literal["raw", "qcow2"] = "qcow2",
+    job_id: str | None = None,
+) -> JobRequest:
+    """Copy all disks, as they are at one moment, into new files of the node. Result: ``files`` and ``how``."""
+    where = {"target_dir": target_dir, "targets": list(targets), "format": format}
+    return request(TaskName.INSTANCE_BACKUP, node, job_id, name=name, **where)
+
+
+def _snapshot_create(node: str, name: str, snapshot: str, job_id: str | None = None) -> JobRequest:
+    """Keep all writable disks of an instance, running or not, as they are at this moment. Result: the snapshot."""
+    return request(TaskName.SNAPSHOT_CREATE, node, job_id, name=name, snapshot=snapshot)
+
+
+def _snapshot_list(node: str, name: str, job_id: str | None = None) -> JobRequest:
+    """Result: the instance's snapshots, the oldest first."""
+    return request(TaskName.SNAPSHOT_LIST, node, job_id, name=name)
+
+
+def _snapshot_revert(node: str, name: str, snapshot: str, job_id: str | None = None) -> JobRequest:
+    """Discard what a stopped instance wrote since its latest snapshot, which stays. Result: the snapshot."""
+    return request(TaskName.SNAPSHOT_REVERT, node, job_id, name=name, snapshot=snapshot)
+
+
+def _snapshot_delete(node: str, name: str, snapshot: str, job_id: str | None = None) -> JobRequest:
+    """Give a snapshot up; what was written since is merged into its files. Result: ``disks`` as they are now."""
+    return request(TaskName.SNAPSHOT_DELETE, node, job_id, name=name, snapshot=snapshot)
 
 
 def _info(node: str, name: str, job_id: str | None = None) -> JobRequest:
     """Result: the instance view."""
-    return _request(TaskName.INSTANCE_INFO, node, job_id, name=name)
+    return request(TaskName.INSTANCE_INFO, node, job_id, name=name)
 
 
 def _list(node: str, job_id: str | None = None) -> JobRequest:
     """Result: the views of all instances of the node."""
-    return _request(TaskName.INSTANCE_LIST, node, job_id)
+    return request(TaskName.INSTANCE_LIST, node, job_id)
 
 
-def _console(node: str, name: str, job_id: str | None = None) -> JobRequest:
-    """Result: how to reach the guest's console (``kind``: ``serial``, ``vnc`` or ``message``)."""
-    return _request(TaskName.INSTANCE_CONSOLE, node, job_id, name=name)
+def _console(
+    node: str, name: str, kind: Literal["serial", "vnc", "spice"] | None = None, job_id: str | None = None
+) -> JobRequest:
+    """Result: how to reach the guest, by its first console or that of ``kind``: a ``serial`` port or a display.
+
+    Of the result, ``kind`` is ``serial`` (``host``, ``command``, ``path``), ``vnc`` or ``spice`` (``host`` and
+    ``port``, or ``path`` of a unix socket), or ``message``: there is none.
+    """
+    return request(TaskName.INSTANCE_CONSOLE, node, job_id, name=name, kind=kind)
 
 
 def _check(node: str, instance: InstanceSpec, job_id: str | None = None) -> JobRequest:
     """Would the node start this? Nothing is started. Result: ``errors`` and ``warnings``."""
-    return _request(TaskName.INSTANCE_CHECK, node, job_id, instance=instance)
+    return request(TaskName.INSTANCE_CHECK, node, job_id, instance=instance)
 
 
 def _node_info(node: str, job_id: str | None = None) -> JobRequest:
     """Result: facts about the node."""
-    return _request(TaskName.NODE_INFO, node, job_id)
+    return request(TaskName.NODE_INFO, node, job_id)
+
+
+def _node_list(node: str, job_id: str | None = None) -> JobRequest:
+    """Result: all nodes of the database that ``node`` uses: worker, guests by state, open jobs. Ask any living one."""
+    return request(TaskName.NODE_LIST, node, job_id)
+
+
+def _audit(node: str, job_id: str | None = None) -> JobRequest:
+    """Result: ``findings``, where the node's database and its host disagree, and what was ``checked``."""
+    return request(TaskName.NODE_AUDIT, node, job_id)
+
+
+def _repair(node: str, ids: Sequence[str] = (), dry_run: bool = True, job_id: str | None = None) -> JobRequest:
+    """Act on findings of an audit that still hold: ``ids``, or all that can be repaired. Destroys nothing by itself.
+
+    Result: ``done``, ``would_do`` (with ``dry_run``) and ``left`` with the reason.
+    """
+    return request(TaskName.NODE_REPAIR, node, job_id, ids=list(ids), dry_run=dry_run)
+
+
+def _verify(node: str, job_id: str | None = None) -> JobRequest:
+    """Result: all that is wrong with the node: ``errors`` and ``warnings``, each with what to do."""
+    return request(TaskName.NODE_VERIFY, node, job_id)
+
+
+def _powercycle(node: str, confirm: str, boot_id: str | None = None, job_id: str | None = None) -> JobRequest:
+    """Reboot the host at once, its guests' power cut; ``confirm`` is the node's name once more. Result: nothing.
+
+    The job ends just before the host goes. With ``boot_id``, from ``node_info``, only if it was not rebooted since.
+    """
+    return request(TaskName.NODE_POWERCYCLE, node, job_id, confirm=confirm, boot_id=boot_id)
+
+
+def _uid_pool_show(node: str, history: bool = False, job_id: str | None = None) -> JobRequest:
+    """Result: ``ranges``, ``size``, ``free`` and ``leases``; with ``history`` also of uids that are free again."""
+    return request(TaskName.UID_POOL_SHOW, node, job_id, history=history)
+
+
+def _uid_pool_add(node: str, ranges: str, force: bool = False, job_id: str | None = None) -> JobRequest:
+    """Give the node uids for guests, such as ``20000-20099,20200``. Result: as ``uid_pool_show``."""
+    return request(TaskName.UID_POOL_ADD, node, job_id, ranges=ranges, force=force)
+
+
+def _uid_pool_remove(node: str, ranges: str, job_id: str | None = None) -> JobRequest:
+    """Take ranges, each as it was added, out of the node's pool. Result: as ``uid_pool_show``."""
+    return request(TaskName.UID_POOL_REMOVE, node, job_id, ranges=ranges)
+
+
+def _quarantine_list(node: str, job_id: str | None = None) -> JobRequest:
+    """Result: ``items``, what QEMUs left where nothing should ever be: ``name``, ``path``, ``size_bytes``, ``at``."""
+    return request(TaskName.QUARANTINE_LIST, node, job_id)
+
+
+def _quarantine_release(node: str, names: Sequence[str], job_id: str | None = None) -> JobRequest:
+    """Delete items of the quarantine. Result: ``released``."""
+    return request(TaskName.QUARANTINE_RELEASE, node, job_id, names=list(names))
 
 
 def _jobs(
@@ -170,63 +289,48 @@ def _jobs(
 ) -> JobRequest:
     """Result: the node's latest jobs from its ledger, newest first; with ``queries`` also those that only look."""
     wanted = {"instance": instance, "states": list(states), "queries": queries, "limit": limit}
-    return _request(TaskName.JOB_LIST, node, job_id, **wanted)
+    return request(TaskName.JOB_LIST, node, job_id, **wanted)
 
 
 def _job_info(node: str, id: str, job_id: str | None = None) -> JobRequest:
     """Result: everything the node's ledger knows of the job ``id`` (``job_id`` is the id of this question)."""
-    return _request(TaskName.JOB_INFO, node, job_id, id=id)
+    return request(TaskName.JOB_INFO, node, job_id, id=id)
 
 
 def _job_cancel(node: str, id: str, job_id: str | None = None) -> JobRequest:
     """Result: what became of the job ``id``: ``outcome`` and ``message``. :meth:`hostler.Job.cancel` is quicker."""
-    return _request(TaskName.JOB_CANCEL, node, job_id, id=id)
+    return request(TaskName.JOB_CANCEL, node, job_id, id=id)
 
 
 def _job_retry(
     node: str, id: str | None = None, failed_since: str | None = None, limit: int = 100, job_id: str | None = None
 ) -> JobRequest:
     """Result: a list of ``{"id", "retry_of", "task"}``: the job ``id`` sent again, or all that failed since a time."""
-    return _request(TaskName.JOB_RETRY, node, job_id, id=id, failed_since=failed_since, limit=limit)
+    return request(TaskName.JOB_RETRY, node, job_id, id=id, failed_since=failed_since, limit=limit)
 
 
 def _job_why(node: str, id: str, job_id: str | None = None) -> JobRequest:
     """Result: ``state``, ``because`` (sentences) and ``command`` (what resolves it) of the job ``id``."""
-    return _request(TaskName.JOB_WHY, node, job_id, id=id)
+    return request(TaskName.JOB_WHY, node, job_id, id=id)
 
 
-def _request(task: TaskName, node: str, job_id: str | None, **arguments: Any) -> JobRequest:
-    model = ARGUMENTS[task]
-    # What is left at its default is not sent: the message stays short, and the node's own default counts.
-    given = {name: value for name, value in arguments.items() if not _is_default(model.model_fields[name], value)}
-    checked = parse(model, given).model_dump(mode="json", exclude_unset=True)
-    _check_address(node, job_id)
-    return JobRequest(task, node, checked, job_id)
+def _prune(
+    node: str,
+    older_than_s: int | None = None,
+    failures_older_than_s: int | None = None,
+    dry_run: bool = False,
+    job_id: str | None = None,
+) -> JobRequest:
+    """Remove ended jobs from the node's ledger; by default those older than its settings say, at the least 600 s.
+
+    Result: ``removed`` (``would_remove`` with ``dry_run``), ``by_state``, and ``kept``: how many are old enough, but
+    jobs that have not ended come after them or retry them.
+    """
+    ages = {"older_than_s": older_than_s, "failures_older_than_s": failures_older_than_s}
+    return request(TaskName.JOB_PRUNE, node, job_id, **ages, dry_run=dry_run)
 
 
-def _is_default(field: Any, value: object) -> bool:
-    default = field.get_default(call_default_factory=True)
-    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
-
-
-def _check_address(node: str, job_id: str | None) -> None:
-    try:
-        queue_name(node)
-    except (ValueError, TypeError):
-        reason = f"{node!r} is not a node name (letters, digits, '.', '_', '-'; at most 63)"
-        raise InvalidArgument([{"field": "node", "reason": reason}]) from None
-    if job_id is not None:
-        _check_id("job_id", job_id)
-
-
-def _check_id(field: str, value: str) -> None:
-    try:
-        parse(JobIdArguments, {"id": value})
-    except InvalidArgument as exc:
-        raise InvalidArgument([{**error, "field": field} for error in exc.details["errors"]]) from None
-
-
-class Client:
+class Client(MigrationTasks, MaintenanceTasks):
     """Sends jobs to nodes and looks at jobs.
 
     ``broker_url`` and ``result_backend`` default to the settings (``HOSTLER_*``), and those to the embedded broker of
@@ -237,22 +341,48 @@ class Client:
     Raises SettingsError for a URL that no transport or backend understands.
     """
 
-    start = _Task(_start)
-    stop = _Task(_stop)
-    reboot = _Task(_reboot)
-    pause = _Task(_pause)
-    resume = _Task(_resume)
-    cleanup = _Task(_cleanup)
-    info = _Task(_info)
-    list = _Task(_list)
-    console = _Task(_console)
-    check = _Task(_check)
-    node_info = _Task(_node_info)
-    jobs = _Task(_jobs)
-    job_info = _Task(_job_info)
-    job_cancel = _Task(_job_cancel)
-    job_retry = _Task(_job_retry)
-    job_why = _Task(_job_why)
+    start = Task(_start)
+    stop = Task(_stop)
+    reboot = Task(_reboot)
+    restart = Task(_restart)
+    pause = Task(_pause)
+    resume = Task(_resume)
+    cleanup = Task(_cleanup)
+    disk_add = Task(_disk_add)
+    disk_remove = Task(_disk_remove)
+    disk_resize = Task(_disk_resize)
+    nic_add = Task(_nic_add)
+    nic_remove = Task(_nic_remove)
+    cd_insert = Task(_cd_insert)
+    cd_eject = Task(_cd_eject)
+    set_memory = Task(_set_memory)
+    set_password = Task(_set_password)
+    backup = Task(_backup)
+    snapshot_create = Task(_snapshot_create)
+    snapshot_list = Task(_snapshot_list)
+    snapshot_revert = Task(_snapshot_revert)
+    snapshot_delete = Task(_snapshot_delete)
+    info = Task(_info)
+    list = Task(_list)
+    console = Task(_console)
+    check = Task(_check)
+    node_info = Task(_node_info)
+    node_list = Task(_node_list)
+    audit = Task(_audit)
+    repair = Task(_repair)
+    uid_pool_show = Task(_uid_pool_show)
+    uid_pool_add = Task(_uid_pool_add)
+    uid_pool_remove = Task(_uid_pool_remove)
+    quarantine_list = Task(_quarantine_list)
+    quarantine_release = Task(_quarantine_release)
+    verify = Task(_verify)
+    powercycle = Task(_powercycle)
+    jobs = Task(_jobs)
+    job_info = Task(_job_info)
+    job_cancel = Task(_job_cancel)
+    job_retry = Task(_job_retry)
+    job_why = Task(_job_why)
+    prune = Task(_prune)
 
     def __init__(
         self, broker_url: str | None = None, result_backend: str | None = None, settings: Settings | None = None
@@ -276,6 +406,7 @@ class Client:
             self._app.send_task(
                 str(request.task),
                 kwargs=request.arguments,
+                kwargsrepr=shown(request.arguments),
                 task_id=job_id,
                 queue=self._queue(request.node),
                 add_to_parent=False,
@@ -284,17 +415,27 @@ class Client:
 
     def job(self, job_id: str) -> Job:
         """The job with this id, whoever sent it. Raises InvalidArgument for an id no job can have."""
-        _check_id("id", job_id)
+        check_id("id", job_id)
         self._ensure_embedded()
         return Job(self._app, job_id)
 
     def ping(self, node: str) -> bool:
         """Whether the node's worker is alive: it answers even when all its threads are busy."""
-        _check_address(node, None)
+        check_address(node, None)
         self._ensure_embedded()
         with reaching(f"the broker {self._broker_url}"):
             inspect = self._app.control.inspect(destination=[worker_name(node)], timeout=PING_S)
             return bool(inspect.ping())
+
+    def living_node(self) -> str:
+        """The node whose worker answers first. Raises ServiceUnreachable when none does."""
+        self._ensure_embedded()
+        with reaching(f"the broker {self._broker_url}"):
+            replies = self._app.control.ping(timeout=PING_S, limit=1)
+        names = [name.removeprefix(worker_name("")) for reply in replies or () for name in reply]
+        if not names:
+            raise ServiceUnreachable("no node's worker answers; start one on its host: hostler worker")
+        return str(names[0])
 
     def close(self) -> None:
         """Close the connections. Jobs go on; the client may be used again and then connects again."""

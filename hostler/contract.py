@@ -25,19 +25,58 @@ class TaskName(StrEnum):
     INSTANCE_START = "instance.start"
     INSTANCE_STOP = "instance.stop"
     INSTANCE_REBOOT = "instance.reboot"
+    INSTANCE_RESTART = "instance.restart"
     INSTANCE_PAUSE = "instance.pause"
     INSTANCE_RESUME = "instance.resume"
     INSTANCE_CLEANUP = "instance.cleanup"
+    INSTANCE_DISK_ADD = "instance.disk_add"
+    INSTANCE_DISK_REMOVE = "instance.disk_remove"
+    INSTANCE_DISK_RESIZE = "instance.disk_resize"
+    INSTANCE_NIC_ADD = "instance.nic_add"
+    INSTANCE_NIC_REMOVE = "instance.nic_remove"
+    INSTANCE_CD_INSERT = "instance.cd_insert"
+    INSTANCE_CD_EJECT = "instance.cd_eject"
+    INSTANCE_SET_MEMORY = "instance.set_memory"
+    INSTANCE_SET_PASSWORD = "instance.set_password"  # noqa: S105  (a task's name)
     INSTANCE_INFO = "instance.info"
     INSTANCE_LIST = "instance.list"
     INSTANCE_CONSOLE = "instance.console"
     INSTANCE_CHECK = "instance.check"
+    INSTANCE_BACKUP = "instance.backup"
+    INSTANCE_MIGRATE = "instance.migrate"
+    INSTANCE_MIGRATE_CANCEL = "instance.migrate_cancel"
+    INSTANCE_MIGRATE_TUNE = "instance.migrate_tune"
+    MIGRATION_INFO = "migration.info"
+    MIGRATION_ACCEPT = "migration.accept"
+    MIGRATION_RUN = "migration.run"
+    MIGRATION_FINALIZE = "migration.finalize"
+    MIGRATION_RECOVER = "migration.recover"
+    MIGRATION_REPORT = "migration.report"
+    SNAPSHOT_CREATE = "snapshot.create"
+    SNAPSHOT_LIST = "snapshot.list"
+    SNAPSHOT_REVERT = "snapshot.revert"
+    SNAPSHOT_DELETE = "snapshot.delete"
     NODE_INFO = "node.info"
+    NODE_LIST = "node.list"
+    NODE_AUDIT = "node.audit"
+    NODE_REPAIR = "node.repair"
+    UID_POOL_SHOW = "uid_pool.show"
+    UID_POOL_ADD = "uid_pool.add"
+    UID_POOL_REMOVE = "uid_pool.remove"
+    QUARANTINE_LIST = "quarantine.list"
+    QUARANTINE_RELEASE = "quarantine.release"
+    NODE_VERIFY = "node.verify"
+    NODE_POWERCYCLE = "node.powercycle"
+    NODE_DRAIN = "node.drain"
+    NODE_UNDRAIN = "node.undrain"
+    NODE_FENCE = "node.fence"
+    NODE_UNFENCE = "node.unfence"
     JOB_LIST = "job.list"
     JOB_INFO = "job.info"
     JOB_CANCEL = "job.cancel"
     JOB_RETRY = "job.retry"
     JOB_WHY = "job.why"
+    JOB_PRUNE = "job.prune"
 
 
 class JobState(StrEnum):
@@ -54,6 +93,10 @@ class JobState(StrEnum):
 
 
 FINAL_JOB_STATES = frozenset({JobState.SUCCESS, JobState.FAILURE, JobState.REVOKED})
+
+KEEP_MIN_S = 600
+"""An ended job stays in the ledger at least this long: its message may yet be delivered again."""
+KEEP_MAX_S = 100 * 365 * 86400
 
 
 class InstanceState(StrEnum):

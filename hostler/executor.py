@@ -15,11 +15,12 @@ from dataclasses import replace
 from itertools import chain
 from math import inf
 
-from hostler.client import Client, JobRequest
+from hostler.client import Client
 from hostler.errors import InvalidArgument, ServiceUnreachable
 from hostler.executor_display import Display, display
 from hostler.executor_part import LISTED, Part, Result, if_name, result_of, way_back
 from hostler.job import Job, follow_jobs
+from hostler.job_request import JobRequest
 
 
 class JobExecutor:

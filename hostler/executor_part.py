@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hostler.client import JobRequest
 from hostler.contract import JobState
 from hostler.job import Job, JobSnapshot
+from hostler.job_request import JobRequest
 
 Result = tuple[bool, Any]
 

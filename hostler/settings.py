@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from hostler.contract import NODE_PATTERN
+from hostler.contract import KEEP_MAX_S, KEEP_MIN_S, NODE_PATTERN
 
 PREFIX = "HOSTLER_"
 DIR_MAX = 55
@@ -63,6 +63,12 @@ def _short_absolute_dir(value: Path) -> Path:
     return value
 
 
+def _absolute_or_empty(value: str) -> str:
+    if value and not Path(value).is_absolute():
+        raise ValueError(f"{value!r} is not an absolute path")
+    return value
+
+
 def _ports(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -72,7 +78,14 @@ def _ports(value: object) -> object:
     return int(match[1]), int(match[2])
 
 
+def _kept_s(value: int) -> int:
+    if value and not KEEP_MIN_S <= value <= KEEP_MAX_S:
+        raise ValueError(f"{value} is neither 0, for ever, nor between {KEEP_MIN_S} and {KEEP_MAX_S} seconds")
+    return value
+
+
 Dir = Annotated[Path, AfterValidator(_short_absolute_dir)]
+KeptS = Annotated[int, AfterValidator(_kept_s)]
 
 
 class Settings(BaseSettings):
@@ -93,6 +106,14 @@ class Settings(BaseSettings):
     migration_ports: Annotated[tuple[int, int], NoDecode, BeforeValidator(_ports)] = Field(
         (49152, 49215), description="Ports for incoming migrations, as FIRST-LAST."
     )
+    migration_tls: Literal["off", "allowed", "required"] = Field(
+        "allowed",
+        description="Memory and disks of moving guests under TLS: never, where asked for or possible, always.",
+    )
+    migration_tls_dir: Annotated[str, AfterValidator(_absolute_or_empty)] = Field(
+        "",
+        description="Folder with ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem, client-key.pem for it.",
+    )
     ifup: str = Field("", description="Network script, run as SCRIPT TAP; empty is the one shipped.")
     ifdown: str = Field("", description="Network script, run as SCRIPT TAP; empty is the one shipped.")
     log_format: Literal["", "console", "json"] = Field("", description="Empty: console on a terminal, else json.")
@@ -102,6 +123,19 @@ class Settings(BaseSettings):
         default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)),
         ge=1,
         description="Starts and reboots at once on this node, others wait; empty is two per CPU, at least four.",
+    )
+    limit_backups: int = Field(2, ge=1, description="Backups at once on this node; others wait.")
+    limit_migrations: int = Field(2, ge=1, description="Guests that leave this node at once; others wait.")
+    limit_incoming: int = Field(2, ge=1, description="Guests that arrive on this node at once; others wait.")
+    keep_jobs_s: KeptS = Field(
+        7 * 86400, description="How long ended jobs stay in the ledger; 0 is for ever. Those that only look: a day."
+    )
+    keep_failures_s: KeptS = Field(90 * 86400, description="The same for jobs that failed or were revoked.")
+    audit_interval_s: float = Field(
+        600, ge=0, le=86_400, description="How often the worker compares database and host by itself; 0 is never."
+    )
+    allow_powercycle: bool = Field(
+        False, description="Whether the job node.powercycle may reboot this host, at once; its worker has to be root."
     )
 
     @property

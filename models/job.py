@@ -16,15 +16,17 @@ class Job(Base):
 
     ``sequence`` is the order of receipt. ``claimed_by`` names the worker incarnation that carries it out; a row that is
     claimed or final is never carried out by a second delivery of its message. ``phase`` is recorded before the side
-    effect it names; ``phases`` keeps each one with its time.
+    effect it names; ``phases`` keeps each one with its time. ``step_of`` is the job that this one is a step of, on
+    another node; ``resumes`` is how often a job went on after a step of it on another node.
     """
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index(None, "node", "state", "sequence"),
+        Index(None, "node", "received_at"),
+        Index(None, "node", "state", "received_at"),
+        Index(None, "node", "state", "finished_at"),
         Index(None, "instance_name", "state", "sequence"),
-        Index(None, "state", "retry_at"),
-        Index(None, "finished_at"),
+        Index(None, "claimed_by", "finished_at"),
     )
 
     sequence: Mapped[int] = mapped_column(serial(), primary_key=True, autoincrement=True)
@@ -50,7 +52,9 @@ class Job(Base):
     cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     retries: Mapped[int] = mapped_column(Integer, default=0)
     retry_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    retry_of: Mapped[str | None] = mapped_column(key())
+    retry_of: Mapped[str | None] = mapped_column(key(), index=True)
+    step_of: Mapped[str | None] = mapped_column(key(), index=True)
+    resumes: Mapped[int] = mapped_column(Integer, default=0)
     result: Mapped[Any | None] = mapped_column(document())
     error: Mapped[dict[str, Any] | None] = mapped_column(document())
     received_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)

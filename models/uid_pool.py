@@ -25,7 +25,9 @@ class UidRange(Base):
 class UidLease(Base):
     """A uid of the pool that was ever leased. The primary key is the promise: one guest at a time per node and uid.
 
-    A released lease keeps its row, so that the least recently used uid is handed out first.
+    ``instance_name`` and ``runtime_uuid`` say which QEMU has it; both are null when it is free, and the uuid keeps the
+    end of an earlier QEMU from freeing what a later one of the same instance has. A released lease keeps its row with
+    ``last_instance``, so that the least recently used uid is handed out first, and a file that turns up can be traced.
     """
 
     __tablename__ = "uid_leases"
@@ -34,5 +36,7 @@ class UidLease(Base):
     node: Mapped[str] = mapped_column(key(63), ForeignKey("nodes.name"), primary_key=True)
     uid: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     instance_name: Mapped[str | None] = mapped_column(key())
+    runtime_uuid: Mapped[str | None] = mapped_column(key(36))
+    last_instance: Mapped[str | None] = mapped_column(key())
     leased_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
     released_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

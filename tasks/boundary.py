@@ -12,14 +12,17 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from hostler.contract import ErrorCode, JobState, TaskName
 from hostler.errors import InvalidArgument, OperationFailed
-from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, SLOTS, JobArguments, instance_of, parse
+from hostler.job_arguments import JobArguments
+from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, SLOTS, instance_of, parse
 from tasks import outcome
 from worker.errors import Cancelled, Interrupted, OperationError
-from worker.operations.context import JobContext
+from worker.operations import recovery, recovery_table
+from worker.operations.context import JobContext, Whole
 from worker.operations.ledger import ATTEMPTS_MAX
-from worker.operations.receipts import Receipt
+from worker.operations.live_migration.names import SHOWN_AS, STEP_TASKS, migration_id_of
+from worker.operations.receipts import Ended, Receipt
 from worker.operations.service import Service, current
-from worker.operations.start import finish_interrupted
+from worker.operations.steps import HandedOver
 
 log = structlog.get_logger(__name__)
 
@@ -79,14 +82,18 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
         publish=lambda meta: outcome.report(request, JobState.PROGRESS, meta),
         attempt=getattr(request, "hostler_attempt", None) or 1,
         deaths=getattr(request, "hostler_deaths", None) or 0,
+        whole=_whole(task, service, name, kwargs),
     )
     if getattr(request, "hostler_cancelled", False):
         job.cancel()
     ledger = service.node.ledger
     try:
         with service.running(job):
-            _give_up_if_tried_too_often(job)
+            _give_up_if_tried_too_often(service, job, name)
             result = function(service, job, _arguments(name, args, kwargs))
+    except HandedOver as elsewhere:
+        outcome.carry_out(task.app, Ended(elsewhere.wakeups))
+        raise Ignore from None
     except Exception as exc:
         failure = as_failure(exc)
         if isinstance(exc, Cancelled) or (job.is_giving_up and is_transient(exc)):
@@ -101,11 +108,19 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
     return result
 
 
-def _give_up_if_tried_too_often(job: JobContext) -> None:
+def _whole(task: Task, service: Service, name: TaskName, kwargs: dict[str, Any]) -> Whole | None:
+    """The job that this one is a step of; a job that somebody sent is none."""
+    whole_id, _, step = str(task.request.id).rpartition(".")
+    if name not in STEP_TASKS or migration_id_of(kwargs) != whole_id or step not in SHOWN_AS:
+        return None
+    return Whole(whole_id, outcome.report_whole(service, whole_id), step, SHOWN_AS[step])
+
+
+def _give_up_if_tried_too_often(service: Service, job: JobContext, name: TaskName) -> None:
     if job.deaths >= ATTEMPTS_MAX:
-        if job.instance:
-            finish_interrupted(job.node, job.instance, job)
-        phase = (job.earlier_phases() or ["received"])[-1]
+        if job.instance and name in recovery_table.TABLE:
+            recovery.abandon(service.node, service.guests, job, name, job.instance)
+        phase, _ = job.last_phase()
         raise Interrupted(
             f"the worker died {job.deaths} times while it carried out this job, last in phase {phase}; it is not "
             "tried again by itself. See the worker's log for what kills it, then retry",

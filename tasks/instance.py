@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from hostler.contract import TaskName
+from hostler.job_arguments import NameArguments, NoArguments
 from hostler.payloads import (
+    ConsoleArguments,
     InstanceArguments,
-    NameArguments,
-    NoArguments,
     RebootArguments,
+    RestartArguments,
     StartArguments,
     StopArguments,
 )
 from tasks.boundary import operation
-from worker.operations import lifecycle, queries
+from worker.operations import consoles, lifecycle, queries
 from worker.operations.context import JobContext
+from worker.operations.restart import restart as restart_instance
 from worker.operations.service import Service
 from worker.operations.start import start as start_instance
 
@@ -36,6 +38,12 @@ def stop(service: Service, job: JobContext, arguments: StopArguments) -> Any:
 def reboot(service: Service, job: JobContext, arguments: RebootArguments) -> Any:
     """Reboot a guest, softly, hard, or by its reset line."""
     return lifecycle.reboot(service.node, service.guests, job, arguments)
+
+
+@operation(TaskName.INSTANCE_RESTART)
+def restart(service: Service, job: JobContext, arguments: RestartArguments) -> Any:
+    """Start a guest again that does not run, as it was, if that is still wanted."""
+    return restart_instance(service.node, service.guests, job, arguments)
 
 
 @operation(TaskName.INSTANCE_PAUSE)
@@ -69,9 +77,9 @@ def list_all(service: Service, job: JobContext, arguments: NoArguments) -> Any:
 
 
 @operation(TaskName.INSTANCE_CONSOLE)
-def console(service: Service, job: JobContext, arguments: NameArguments) -> Any:
-    """How to reach a guest's console."""
-    return queries.console(service.node, service.guests, arguments.name)
+def console(service: Service, job: JobContext, arguments: ConsoleArguments) -> Any:
+    """How to reach a guest: serial port, VNC or SPICE."""
+    return consoles.console(service.node, service.guests, arguments)
 
 
 @operation(TaskName.INSTANCE_CHECK)

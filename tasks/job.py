@@ -8,11 +8,13 @@ from typing import Any
 from celery import current_app
 
 from hostler.contract import TaskName
-from hostler.payloads import JobIdArguments, JobListArguments, JobRetryArguments
-from tasks import outcome
+from hostler.payloads import JobIdArguments, JobListArguments, JobPruneArguments, JobRetryArguments
+from tasks import outcome, queues
 from tasks.boundary import operation
-from worker.operations import queries, why
+from worker.errors import UnknownJob
+from worker.operations import pruning, queries, why
 from worker.operations.context import JobContext
+from worker.operations.presence import presences
 from worker.operations.service import Service
 
 
@@ -50,4 +52,17 @@ def retry(service: Service, job: JobContext, arguments: JobRetryArguments) -> An
 @operation(TaskName.JOB_WHY)
 def ask_why(service: Service, job: JobContext, arguments: JobIdArguments) -> Any:
     """Why a job does not run, and the safe command that resolves it."""
-    return why.explain(service.node, arguments.id)
+    try:
+        return why.explain(service.node, arguments.id)
+    except UnknownJob:
+        with queues.looking(current_app) as broker:
+            queued = broker.find(arguments.id, presences(service.node.database)) if broker else None
+        if queued is None:
+            raise
+        return why.explain_unreceived(service.node, queued.job_id, queued.node, queued.task, queued.ahead)
+
+
+@operation(TaskName.JOB_PRUNE)
+def prune(service: Service, job: JobContext, arguments: JobPruneArguments) -> Any:
+    """Remove from the node's ledger what ended long ago; a node does so by itself every hour."""
+    return pruning.prune_jobs(job, arguments)

@@ -2,12 +2,19 @@
 
 From a thread of its own that may fail and that nobody waits for. SQL has it already; only the newest report of a job
 matters, so that a slow backend makes reports rarer and never a job slower.
+
+A report may come late: its job ended meanwhile, in another thread, by another node's cancel, or while the report was
+sent again and again over an outage. It then stands in the result's place, for ever. No backend offers to publish unless
+there is a result, so each job that was reported on is in doubt until the ledger was asked afterwards.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from itertools import islice
 from typing import Any
 
 import structlog
@@ -22,16 +29,35 @@ log = structlog.get_logger(__name__)
 SETTLE_S = 2.0
 """How long a finished job waits for a report under way, so that it cannot overwrite the job's result."""
 
+LOOK_AFTER_S = 0.5
+"""How long a job stays in doubt: the ledger is asked once for all reports of that time."""
+LOOK_AGAIN_S = 2.0
+"""After the ledger or the backend did not answer."""
+LOOK_AT_MAX = 200
+
+EVENTS = {JobState.WAITING: "task-Received", JobState.PROGRESS: "task-Started", JobState.RETRY: "task-Retry"}
+"""Celery's event consumers make a type they do not know into a state by writing it in capitals. So Flower shows these
+in states that it has buttons for, to revoke and to terminate, and that a later REVOKED replaces (it does not replace a
+word of our own), while its metrics count the true task-received and task-started once."""
+
 Meta = dict[str, Any] | OperationFailed
 Report = tuple[Context, JobState, Meta]
+Restore = Callable[[Collection[str]], Collection[str]]
 
 
 class Reporter:
-    """Publishes the latest report of each job, in the order the jobs first reported."""
+    """Publishes the latest report of each job, in the order the jobs first reported.
 
-    def __init__(self, app: Celery, hostname: str) -> None:
+    ``restore`` is given jobs in doubt. It sees to it that the backend has the results of those that have ended, and
+    returns those for which it could not; when it raises, it is given all of them again.
+    """
+
+    def __init__(self, app: Celery, hostname: str, restore: Restore) -> None:
         self._app = app
         self._hostname = hostname
+        self._restore = restore
+        self._doubted: set[str] = set()
+        self._look_at = 0.0
         self._pending: OrderedDict[str, Report] = OrderedDict()
         self._publishing: str | None = None
         self._changed = threading.Condition()
@@ -51,6 +77,11 @@ class Reporter:
             self._pending.pop(job_id, None)
             self._changed.wait_for(lambda: self._publishing != job_id, SETTLE_S)
 
+    def doubt(self, job_ids: Iterable[str]) -> None:
+        """Make sure soon that the backend has the results of those jobs that have ended."""
+        with self._changed:
+            self._put_in_doubt(job_ids)
+
     def close(self) -> None:
         """Publish nothing more."""
         with self._changed:
@@ -58,18 +89,54 @@ class Reporter:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while True:
+        while not self._closed:
+            report, doubted = self._next()
+            if report:
+                self._try_to_publish(report)
+            elif doubted:
+                self._try_to_restore(doubted)
+
+    def _next(self) -> tuple[Report | None, set[str]]:
+        """What is to be done, as soon as there is something: publish a report, or look at jobs in doubt."""
+        with self._changed:
+            while not self._closed:
+                left_s = self._look_at - time.monotonic() if self._doubted else None
+                if left_s is not None and left_s <= 0:
+                    doubted = set(islice(self._doubted, LOOK_AT_MAX))
+                    self._doubted -= doubted
+                    return None, doubted
+                if self._pending:
+                    self._publishing, report = self._pending.popitem(last=False)
+                    return report, set()
+                self._changed.wait(left_s)
+            return None, set()
+
+    def _put_in_doubt(self, job_ids: Iterable[str]) -> None:
+        if not self._doubted:
+            self._look_at = time.monotonic() + LOOK_AFTER_S
+        self._doubted.update(job_ids)
+        self._changed.notify_all()
+
+    def _try_to_publish(self, report: Report) -> None:
+        job_id = report[0].id
+        try:
+            self._publish(*report)
+        except Exception as exc:
+            log.warning("a job's progress could not be published", job=job_id, reason=str(exc))
+        with self._changed:
+            self._publishing = None
+            self._put_in_doubt([job_id])  # also after a failure: it may have arrived, and only the answer got lost
+
+    def _try_to_restore(self, doubted: set[str]) -> None:
+        left: Collection[str] = doubted
+        try:
+            left = self._restore(doubted)
+        except Exception as exc:
+            log.warning("whether reports came late could not be seen; looking again soon", reason=str(exc))
+        if left:
             with self._changed:
-                self._publishing = None
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._pending or self._closed)
-                if self._closed:
-                    return
-                self._publishing, report = self._pending.popitem(last=False)
-            try:
-                self._publish(*report)
-            except Exception as exc:
-                log.warning("a job's progress could not be published", job=report[0].id, reason=str(exc))
+                self._put_in_doubt(left)
+                self._look_at = time.monotonic() + LOOK_AGAIN_S
 
     def _publish(self, request: Context, state: JobState, meta: Meta) -> None:
         backend = self._app.backend
@@ -78,4 +145,4 @@ class Reporter:
         with self._app.events.default_dispatcher(hostname=self._hostname) as events:
             # Flower shows a task's `result` field, and no field of its own making.
             text = f"{meta['percent']} % {meta['message']}" if isinstance(meta, dict) else f"put off: {meta}"
-            events.send("task-progress", uuid=request.id, result=text)
+            events.send(EVENTS[state], uuid=request.id, result=text)

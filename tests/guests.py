@@ -26,7 +26,10 @@ LINUX_ARGUMENTS = "console=ttyS0 quiet"
 LINUX_MEMORY_MIB = 96  # boots in 80 with a virtio disk; the rest is for the tests' own commands
 
 _KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
-_MODULES = ("button", "evdev", "virtio_pci", "virtio_blk", "virtio_net", "virtio_scsi", "ata_piix", "sd_mod")
+_MODULES = (
+    *("button", "evdev", "virtio_pci", "virtio_blk", "virtio_net", "virtio_scsi", "ata_piix", "sd_mod"),
+    *("sr_mod", "isofs", "virtio_balloon"),
+)
 _APT_TIMEOUT_S = 300
 _INIT = f"""#!/bin/busybox sh
 /bin/busybox --install -s /bin

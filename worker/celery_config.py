@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from kombu import Exchange, Queue
+from kombu.transport import TRANSPORT_ALIASES
 
 from hostler import embedded
 from hostler.celery_options import shared_options
@@ -21,7 +22,16 @@ def node_options(settings: Settings) -> dict[str, Any]:
     options = shared_options(settings.effective_broker_url, settings.effective_result_backend)
     options["broker_transport_options"] |= _own_unacked(settings)
     return options | {
-        "include": ["tasks.instance", "tasks.job", "tasks.node"],
+        "include": [
+            "tasks.hotplug",
+            "tasks.instance",
+            "tasks.isolation",
+            "tasks.job",
+            "tasks.maintenance",
+            "tasks.migration",
+            "tasks.node",
+            "tasks.snapshot",
+        ],
         "task_queues": [Queue(queue, Exchange(queue), routing_key=queue)],
         "task_default_queue": queue,
         "task_default_exchange": queue,
@@ -39,6 +49,8 @@ def node_options(settings: Settings) -> dict[str, Any]:
         "worker_send_task_events": True,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_enable_remote_control": True,
+        # However long the broker is away; Celery's default gives up after a hundred attempts.
+        "broker_connection_max_retries": None,
         "task_track_started": True,
         "task_send_sent_event": True,
         # A result is saved over an outage of the backend; progress is not, see tasks/reporting.py.
@@ -56,6 +68,9 @@ def _own_unacked(settings: Settings) -> dict[str, Any]:
         "unacked_mutex_key": f"unacked_mutex.{settings.node}",
     }
 
+
+# By its alias, because a URL such as redis+socket:// says itself which transport it wants.
+TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "worker.redis_transport:Transport"))
 
 # Celery lets these override what is configured; a node is told where its broker is by HOSTLER_BROKER_URL alone.
 for _name in ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"):

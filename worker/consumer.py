@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import structlog
 from celery import bootsteps
-from celery.worker.consumer import Consumer, Events
+from celery.apps.worker import safe_say
+from celery.platforms import EX_FAILURE
+from celery.worker.consumer import Connection, Consumer, Events
 from celery.worker.request import Request
 from celery.worker.state import maybe_shutdown, task_ready
+from kombu.transport import redis
+from kombu.utils.encoding import bytes_to_str
 from sqlalchemy.exc import SQLAlchemyError
 
-from hostler.contract import JobState
+from hostler.contract import JobState, queue_name
 from hostler.errors import InvalidArgument, OperationFailed
 from hostler.payloads import instance_of
 from models import utc_now
@@ -45,13 +51,31 @@ class _EventsAtOnce(bootsteps.StartStopStep):
         parent.event_dispatcher.buffer_group = frozenset()
 
 
+class _RestoreAtOnce(bootsteps.StartStopStep):
+    """Puts back what a dead worker of this node, or a broken connection, had taken and not acknowledged. Celery would
+    do so when the visibility timeout has passed (an hour); the keys are this node's own and it has one worker, so
+    nobody holds those messages any more. One that was recorded already is dropped as a duplicate."""
+
+    requires = (Connection,)
+
+    def start(self, parent: Consumer) -> None:
+        channel = parent.connection.default_channel
+        if not isinstance(channel, redis.Channel):
+            return
+        qos = channel.qos
+        with channel.conn_or_acquire() as client:
+            # Each goes to the end that is consumed first: the latest first, so that the earliest comes before it.
+            for tag in client.zrevrange(qos.unacked_index_key, 0, -1):
+                qos.restore_by_tag(bytes_to_str(tag), client)
+
+
 class NodeConsumer(Consumer):
     """Consumes the node's queue: each message goes through the ledger, which runs, parks or drops it."""
 
     class Blueprint(Consumer.Blueprint):
-        """Celery's, and a step of ours."""
+        """Celery's, and steps of ours."""
 
-        default_steps = (*Consumer.Blueprint.default_steps, _EventsAtOnce)
+        default_steps = (*Consumer.Blueprint.default_steps, _EventsAtOnce, _RestoreAtOnce)
 
     loop: Callable[..., Any]
 
@@ -59,6 +83,9 @@ class NodeConsumer(Consumer):
         self, on_task_request: Callable[[Request], Any], *, worker_options: dict[str, Any] | None = None, **options: Any
     ) -> None:
         self._run = on_task_request
+        # Celery consumes all queues it knows, and it knows those that were sent to: after the next connection to the
+        # broker this worker would have the messages of every node that it ever woke.
+        options["app"].amqp.queues.select([queue_name(current().node.name)])
         super().__init__(self._receive, worker_options=(worker_options or {}) | _NOT_NEEDED, **options)
         self._loop, self.loop = self.loop, self._guarded_loop
 
@@ -69,6 +96,14 @@ class NodeConsumer(Consumer):
         except _NONSENSE as exc:
             log.exception("the broker delivered what is no message; connecting anew")
             raise ConnectionError(f"no message: {exc}") from exc
+
+    def cancel_active_requests(self) -> None:
+        """End the process here and now: Celery calls this for a cold shutdown (SIGQUIT, a second Ctrl-C) alone.
+
+        It would go on to wait for the pool's threads after all. The next worker continues what they were at.
+        """
+        safe_say("worker: ended at once; the next one continues its jobs, and every guest runs on", sys.__stderr__)
+        os._exit(EX_FAILURE)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """Celery's handler, except that no message whatever can end the worker."""

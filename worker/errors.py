@@ -6,11 +6,16 @@
     |- InstanceBusy                INSTANCE_BUSY       nothing was done
     |- AlreadyRunning              ALREADY_RUNNING     nothing was done; the guest goes on
     |- NotRunning                  NOT_RUNNING         nothing was done
+    |- UidPoolExhausted            UID_POOL_EXHAUSTED  everything begun was undone
     |- NetworkFailed               NETWORK_FAILED      everything begun was undone
     |- QemuFailed                  QEMU_FAILED         everything begun was undone
     |  |- EmulatorMissing          (worker.kvm.emulator) nothing was done
     |  `- EmulatorBroken           (worker.kvm.emulator) nothing was done
     |- QmpLost                     QMP_LOST            the guest may go on; its state is asked again
+    |- MigrationFailed             MIGRATION_FAILED    the guest is where `details` say
+    |  `- LinkLost                 MIGRATION_FAILED    it runs on the target and waits for the rest of its memory
+    |- TargetBusy                  NODE_UNAVAILABLE    nothing was done
+    |- NodeUnavailable             NODE_UNAVAILABLE    nothing was done, or what the message says
     |- TimedOut                    TIMED_OUT           as the message says
     |- Interrupted                 INTERNAL            the worker died in mid-job; the message says in which phase
     |- Cancelled                   CANCELLED           what had been begun was undone
@@ -42,12 +47,16 @@ class OperationError(Exception):
 
 
 class UnknownInstance(OperationError):
-    """The node knows no instance of this name. Nothing was done."""
+    """The node has no instance of this name; ``owner`` is the node that has it. Nothing was done."""
 
     code = ErrorCode.UNKNOWN_INSTANCE
 
-    def __init__(self, name: str, node: str) -> None:
-        super().__init__(f"node {node} knows no instance {name}; `hostler list` shows those it knows", instance=name)
+    def __init__(self, name: str, node: str, owner: str | None = None) -> None:
+        if owner:
+            super().__init__(f"{name} is on node {owner}, not on node {node}", instance=name, node=owner)
+        else:
+            reason = f"node {node} knows no instance {name}; `hostler list` shows those it knows"
+            super().__init__(reason, instance=name)
 
 
 class UnknownJob(OperationError):
@@ -79,6 +88,13 @@ class NotRunning(OperationError):
     code = ErrorCode.NOT_RUNNING
 
 
+class UidPoolExhausted(OperationError):
+    """The node's pool has no uid that neither a guest nor a process has. What had been begun was undone."""
+
+    code = ErrorCode.UID_POOL_EXHAUSTED
+    retryable = True
+
+
 class NetworkFailed(OperationError):
     """A tap or a network script failed. What had been begun was undone."""
 
@@ -97,6 +113,34 @@ class QmpLost(OperationError):
     code = ErrorCode.QMP_LOST
     retryable = True
     transient = True
+
+
+class MigrationFailed(OperationError):
+    """A live migration came to nothing. ``details`` say where the guest is now (``node``), its ``state`` and the
+    ``phase`` in which it failed, as far as who raises it knows."""
+
+    code = ErrorCode.MIGRATION_FAILED
+
+
+class LinkLost(MigrationFailed):
+    """A guest runs on the target and the rest of its memory does not come through. Nothing is given up."""
+
+    retryable = True
+    transient = True
+
+
+class TargetBusy(OperationError):
+    """A node receives as many guests as it may. Nothing was done; it passes when one of them has arrived."""
+
+    code = ErrorCode.NODE_UNAVAILABLE
+    retryable = True
+    transient = True
+
+
+class NodeUnavailable(OperationError):
+    """A node is drained or fenced, and so cannot do it. The message says what makes it available again."""
+
+    code = ErrorCode.NODE_UNAVAILABLE
 
 
 class TimedOut(OperationError):

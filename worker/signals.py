@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import structlog
@@ -16,7 +17,7 @@ from hostler.contract import worker_name
 from hostler.errors import ServiceUnreachable
 from migrations.errors import SchemaError
 from models import DatabaseUnusable
-from tasks import outcome
+from tasks import outcome, presence
 from tasks.reporting import Reporter
 from worker import logs
 from worker.errors import OperationError
@@ -56,12 +57,15 @@ def _open(instance: Any, **_: Any) -> None:
 @signals.worker_ready.connect
 def _ready(sender: Any, **_: Any) -> None:
     service, app = current(), sender.app
-    outcome.use_reporter(Reporter(app, sender.hostname))
+    restore = partial(outcome.restore_results, app, service.node.database)
+    outcome.use_reporter(Reporter(app, sender.hostname, restore))
     outcome.repair_results(app, service)
+    presence.tell_own(app, service.node.database, service.node.name)
     for wakeup in service.left_behind:
         log.info("continuing a job of the worker before", job=wakeup.job_id, task=wakeup.task)
         outcome.wake(app, wakeup)
     service.start_heart(lambda ended: outcome.carry_out(app, ended))
+    presence.watch(app, service)
     log.info("worker is ready", node=service.node.name, queue=f"node.{service.node.name}")
 
 
@@ -73,6 +77,7 @@ def _stop_waiting(**_: Any) -> None:
 @signals.worker_shutdown.connect
 def _close(**_: Any) -> None:
     outcome.use_reporter(None)
+    presence.watch_no_more()
     current().close()
     set_current(None)
     log.info("worker ended; every guest runs on")

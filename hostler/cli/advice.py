@@ -12,6 +12,7 @@ _BY_CODE = {
     ErrorCode.INSTANCE_BUSY: "See which job holds it: hostler jobs --instance {name} -n {node}",
     ErrorCode.NETWORK_FAILED: "Check the node's network: run hostler doctor there",
     ErrorCode.QEMU_FAILED: "Check the node: run hostler doctor there",
+    ErrorCode.MIGRATION_FAILED: "How it went: hostler migration-report {job_id} -n {node}",
     ErrorCode.NODE_UNAVAILABLE: "Start the node's worker: run hostler worker there",
     ErrorCode.INTERNAL: "The node's log has the details",
 }
@@ -21,7 +22,7 @@ def advise(failed: OperationFailed, job_id: str, node: str = "NODE", name: str =
     """Add the next steps to the exception as notes, which :mod:`hostler.cli.exits` shows."""
     step = _BY_CODE.get(ErrorCode(failed.code)) if failed.code in ErrorCode.__members__ else None
     if step and "`hostler" not in failed.message:
-        failed.add_note(step.format(node=node, name=name))
+        failed.add_note(step.format(node=node, name=name, job_id=job_id))
     if failed.retryable:
         failed.add_note("The same job, sent again, can succeed.")
     failed.add_note(f"Its history: hostler job {job_id} --history -n {node}")

@@ -9,10 +9,8 @@ import click
 
 from hostler.cli import output, render
 from hostler.cli.instances import send_and_show
-from hostler.cli.options import JobOptions, examples, job_options, json_option, node_option
+from hostler.cli.options import JobOptions, duration_s, examples, job_options, json_option, node_option
 from hostler.contract import worker_name
-
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @click.command(
@@ -70,10 +68,8 @@ def _show_retries(retries: list[dict[str, Any]]) -> None:
 
 
 def _time_ago(text: str) -> str:
-    if not (text[:-1].isdecimal() and text[-1:] in _UNITS_S):
-        raise click.BadParameter(f"{text!r} is not a time such as 30m, 2h or 7d", param_hint="--since")
     try:
-        return (datetime.now(UTC) - timedelta(seconds=int(text[:-1]) * _UNITS_S[text[-1]])).isoformat()
+        return (datetime.now(UTC) - timedelta(seconds=duration_s(text, "--since"))).isoformat()
     except (OverflowError, ValueError):
         raise click.BadParameter(f"{text!r} is longer ago than time goes", param_hint="--since") from None
 

@@ -12,7 +12,8 @@ from hostler.cli.options import JobOptions, examples, job_options, node_option
 from hostler.cli.waiting import run_job
 
 if TYPE_CHECKING:
-    from hostler.client import Client, JobRequest
+    from hostler.client import Client
+    from hostler.job_request import JobRequest
 
 guest_timeout_option = click.option(
     "--guest-timeout",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from hostler.cli import output, render
+from hostler.cli import migration_report, output, render
 from hostler.cli.advice import advise
 from hostler.cli.instances import send_and_show
-from hostler.cli.options import JobOptions, examples, job_options, json_option, node_option, timeout_option
+from hostler.cli.options import JobOptions, duration_s, examples, job_options, json_option, node_option, timeout_option
 from hostler.cli.waiting import UNKNOWN, follow
 from hostler.errors import OperationFailed
 
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
     from hostler.client import Client
 
 
-@click.command(
+@click.group(
     "jobs",
+    invoke_without_command=True,
     epilog=examples(
-        "hostler jobs", "hostler jobs -n n1 --instance web1", "hostler jobs --state FAILURE --state REVOKED --limit 10"
+        "hostler jobs",
+        "hostler jobs -n n1 --instance web1",
+        "hostler jobs --state FAILURE --state REVOKED --limit 10",
+        "hostler jobs prune --dry-run",
     ),
 )
 @click.option("--instance", metavar="NAME", help="Only jobs of this instance.")
@@ -29,15 +34,81 @@ if TYPE_CHECKING:
 @click.option("--limit", type=int, default=50, show_default=True, help="At most this many, newest first.")
 @node_option
 @job_options
+@click.pass_context
 def jobs_command(
-    instance: str | None, states: tuple[str, ...], queries: bool, limit: int, node: str, options: JobOptions
+    context: click.Context,
+    /,
+    *,
+    instance: str | None,
+    states: tuple[str, ...],
+    queries: bool,
+    limit: int,
+    node: str,
+    options: JobOptions,
 ) -> None:
-    """List a node's jobs, from its ledger."""
+    """List a node's jobs, from its ledger; with COMMAND, do something about all of them."""
+    if context.invoked_subcommand:
+        _refuse_options_before(context)
+        return
     send_and_show(
         lambda client: client.jobs.job(node, instance, states, queries, limit, job_id=options.job_id),
         options,
         render.jobs,
     )
+
+
+def _refuse_options_before(context: click.Context) -> None:
+    # Else `hostler jobs -n n1 prune` would prune another node.
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} belongs after '{context.invoked_subcommand}'", context)
+
+
+def _duration(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else duration_s(value, parameter.opts[0])
+
+
+@jobs_command.command(
+    "prune",
+    epilog=examples(
+        "hostler jobs prune --dry-run",
+        "hostler jobs prune -n n1 --older-than 12h",
+        "hostler jobs prune --older-than 7d --failures-older-than 30d --json",
+    ),
+)
+@click.option("--older-than", "older_than_s", metavar="TIME", callback=_duration, help="As 30m, 12h or 7d.")
+@click.option(
+    "--failures-older-than",
+    "failures_older_than_s",
+    metavar="TIME",
+    callback=_duration,
+    help="The same for jobs that failed or were revoked.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@node_option
+@job_options
+def prune_command(
+    older_than_s: int | None, failures_older_than_s: int | None, dry_run: bool, node: str, options: JobOptions
+) -> None:
+    """Remove jobs that ended long ago from a node's ledger.
+
+    The node does so by itself every hour; by default its settings count here too (HOSTLER_KEEP_JOBS_S,
+    HOSTLER_KEEP_FAILURES_S). Jobs that only look are kept for a day at most. What an unfinished job comes after or
+    retries stays.
+    """
+    send_and_show(
+        lambda client: client.prune.job(node, older_than_s, failures_older_than_s, dry_run, job_id=options.job_id),
+        options,
+        _show_pruned,
+    )
+
+
+def _show_pruned(answer: dict[str, Any]) -> None:
+    word, number = ("removed", answer["removed"]) if "removed" in answer else ("would remove", answer["would_remove"])
+    by_state = ", ".join(f"{count} {state}" for state, count in answer["by_state"].items() if count)
+    click.echo(f"{word} {number} jobs" + (f" ({by_state})" if by_state else ""))
+    if answer["kept"]:
+        click.echo(f"kept {answer['kept']} that are as old: unfinished jobs come after them or retry them")
 
 
 @click.command(
@@ -89,5 +160,7 @@ def watch_command(job_id: str, timeout_s: float | None, as_json: bool) -> None:
             raise
     if as_json:
         output.print_json(result)
+    elif migration_report.is_report(result):
+        migration_report.show_result(result)
     else:
         render.result(result)

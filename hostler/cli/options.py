@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,14 @@ def job_options(command: Command) -> Command:
         return command(*args, options=JobOptions(not no_wait, timeout_s, job_id, as_json), **kwargs)
 
     return with_options  # type: ignore[return-value]  # the same command, with four parameters gathered into one
+
+
+def duration_s(text: str, option: str) -> int:
+    """``90s``, ``30m``, ``2h`` or ``7d`` in seconds. Raises click.BadParameter, naming the option."""
+    match = re.fullmatch(r"([0-9]{1,15})([smhd])", text)
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a time such as 30m, 2h or 7d", param_hint=option)
+    return int(match[1]) * _UNITS_S[match[2]]
 
 
 def examples(*lines: str) -> str:

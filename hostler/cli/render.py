@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hostler.cli import output
 from hostler.contract import InstanceState, JobState
+from hostler.hidden import without_secrets
 
 if TYPE_CHECKING:
     from hostler.job import JobSnapshot
@@ -29,6 +30,7 @@ _INSTANCE_COLUMNS = {
     "vcpus": "VCPUS",
     "pid": "PID",
     "started_at": "STARTED",
+    "restart_at": "RESTART DUE",
     "node": "NODE",
 }
 _JOB_COLUMNS = {
@@ -40,6 +42,25 @@ _JOB_COLUMNS = {
     "updated_at": "UPDATED",
     "error": "ERROR",
 }
+_NODE_COLUMNS = {
+    "node": "NODE",
+    "worker": "WORKER",
+    "since_at": "SINCE",
+    "version": "VERSION",
+    "pid": "PID",
+    "instances": "GUESTS",
+    "open_jobs": "OPEN JOBS",
+    "marks": "MAINTENANCE",
+}
+_VERDICT_COLUMNS = {"name": "NAME", "verdict": "VERDICT", "node": "NODE", "reason": "REASON"}
+_UID_COLUMNS = {
+    "uid": "UID",
+    "instance": "INSTANCE",
+    "leased_at": "SINCE",
+    "last_instance": "LAST INSTANCE",
+    "released_at": "UNTIL",
+}
+_QUARANTINE_COLUMNS = {"name": "NAME", "at": "PUT ASIDE", "size_bytes": "SIZE/BYTES", "path": "PATH"}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _PHASE_COLUMNS = {"at": "AT", "phase": "PHASE", "message": "MESSAGE"}
 
@@ -49,9 +70,29 @@ def instances(views: Sequence[Mapping[str, Any]]) -> None:
     _table(views, _INSTANCE_COLUMNS, empty="No instances.")
 
 
+def nodes(views: Sequence[Mapping[str, Any]]) -> None:
+    """One line a node."""
+    _table(views, _NODE_COLUMNS, empty="No nodes.")
+
+
+def verdicts(guests: Sequence[Mapping[str, Any]]) -> None:
+    """One line a guest: what became of it."""
+    _table(guests, _VERDICT_COLUMNS, empty="No guests.")
+
+
 def jobs(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line a job."""
     _table(rows, _JOB_COLUMNS, empty="No jobs.")
+
+
+def uid_leases(leases: Sequence[Mapping[str, Any]]) -> None:
+    """One line a uid."""
+    _table(leases, _UID_COLUMNS, empty="No uids.")
+
+
+def quarantine(items: Sequence[Mapping[str, Any]]) -> None:
+    """One line an item."""
+    _table(items, _QUARANTINE_COLUMNS, empty="The quarantine is empty.")
 
 
 def job_row(row: Mapping[str, Any]) -> None:
@@ -108,7 +149,7 @@ def snapshot(snap: JobSnapshot) -> dict[str, Any]:
         "state": str(snap.state),
         "known": snap.known,
         "task": snap.task,
-        "arguments": snap.arguments,
+        "arguments": snap.arguments and without_secrets(snap.arguments),
         "worker": snap.worker,
         "progress": snap.progress,
         "result": snap.result,

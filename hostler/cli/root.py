@@ -21,10 +21,34 @@ _MODULES: Mapping[str, Mapping[str, str]] = {
         "pause": "hostler.cli.instances",
         "resume": "hostler.cli.instances",
         "cleanup": "hostler.cli.instances",
+        "disk": "hostler.cli.hotplug",
+        "cd": "hostler.cli.hotplug",
+        "nic": "hostler.cli.hotplug",
+        "memory": "hostler.cli.hotplug",
+        "password": "hostler.cli.hotplug",
         "info": "hostler.cli.queries",
         "list": "hostler.cli.queries",
         "check": "hostler.cli.queries",
         "console": "hostler.cli.attach",
+        "snapshot": "hostler.cli.snapshots",
+        "backup": "hostler.cli.snapshots",
+    },
+    "Live migration": {
+        "migrate": "hostler.cli.migration",
+        "migrate-cancel": "hostler.cli.migration",
+        "migrate-tune": "hostler.cli.migration",
+        "migration-report": "hostler.cli.migration",
+    },
+    "Nodes": {
+        "nodes": "hostler.cli.nodes",
+        "node": "hostler.cli.node",
+        "drain": "hostler.cli.maintenance",
+        "undrain": "hostler.cli.maintenance",
+        "fence": "hostler.cli.maintenance",
+        "unfence": "hostler.cli.maintenance",
+        "audit": "hostler.cli.audit",
+        "uid-pool": "hostler.cli.isolation",
+        "quarantine": "hostler.cli.isolation",
     },
     "Jobs": {
         "jobs": "hostler.cli.jobs",
@@ -50,7 +74,7 @@ class _Root(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _ALL:
-            command: click.Command = getattr(import_module(_ALL[cmd_name]), f"{cmd_name}_command")
+            command: click.Command = getattr(import_module(_ALL[cmd_name]), _attribute(cmd_name))
             return command
         found = _plugins().get(cmd_name)
         if found is not None:
@@ -71,8 +95,12 @@ _ABSENT = (
 )
 
 
+def _attribute(command: str) -> str:
+    return f"{command.replace('-', '_')}_command"
+
+
 def _short_help(modules: Mapping[str, str]) -> dict[str, str]:
-    commands = {name: getattr(import_module(module), f"{name}_command") for name, module in modules.items()}
+    commands = {name: getattr(import_module(module), _attribute(name)) for name, module in modules.items()}
     return {name: command.get_short_help_str(limit=60) for name, command in commands.items()}
 
 

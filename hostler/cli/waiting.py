@@ -16,8 +16,9 @@ from hostler.errors import OperationFailed, ServiceUnreachable
 
 if TYPE_CHECKING:
     from hostler.cli.options import JobOptions
-    from hostler.client import Client, JobRequest
+    from hostler.client import Client
     from hostler.job import Job
+    from hostler.job_request import JobRequest
 
 PICKED_UP_S = 2.0
 """A worker takes a job in milliseconds; after this long a person wonders why nothing happens."""

@@ -1,4 +1,4 @@
-"""Nodes, instances, their runtimes and disks, the job ledger, uid pools.
+"""Nodes, instances, their runtimes and disks, the job ledger, live migrations, uid pools.
 
 After this file is in a release it is never changed, and it imports nothing of ``models``: it must mean the same for
 ever.
@@ -24,9 +24,12 @@ TABLES = (
     "instances",
     "runtimes",
     "disk_leases",
+    "snapshots",
     "jobs",
     "job_parents",
     "instance_locks",
+    "live_migrations",
+    "migration_samples",
     "uid_ranges",
     "uid_leases",
 )
@@ -38,8 +41,10 @@ def upgrade() -> None:
     _instances()
     _runtimes()
     _disk_leases()
+    _snapshots()
     _jobs()
     _instance_locks()
+    _live_migrations()
     _uid_pool()
 
 
@@ -54,6 +59,11 @@ def _nodes() -> None:
         "nodes",
         _column("name", _key(63)),
         _column("created_at", _time()),
+        _column("drained_at", _time(), nullable=True),
+        _column("drained_by", _key(), nullable=True),
+        _column("fenced_at", _time(), nullable=True),
+        _column("fenced_by", _key(), nullable=True),
+        _column("fenced_boot_id", _key(36), nullable=True),
         sa.PrimaryKeyConstraint("name", name="pk_nodes"),
     )
     _table(
@@ -81,6 +91,10 @@ def _instances() -> None:
         _column("state", _key(16)),
         _column("reason", _long_text(), nullable=True),
         _column("spec", _document()),
+        _column("wanted", _key(16)),
+        _column("restarts", sa.Integer()),
+        _column("restart_at", _time(), nullable=True),
+        _column("boot_id", _key(36), nullable=True),
         _column("created_at", _time()),
         _column("changed_at", _time()),
         _column("ended_at", _time(), nullable=True),
@@ -88,6 +102,7 @@ def _instances() -> None:
         _refers("instances", "node", "nodes.name"),
     )
     op.create_index("ix_instances_node_state", "instances", ["node", "state"])
+    op.create_index("ix_instances_node_restart_at", "instances", ["node", "restart_at"])
 
 
 def _runtimes() -> None:
@@ -110,7 +125,8 @@ def _runtimes() -> None:
         _column("taps", _document()),
         _column("ending", _document(), nullable=True),
         _column("started_at", _time(), nullable=True),
-        sa.PrimaryKeyConstraint("instance_name", name="pk_runtimes"),
+        _column("started_by", _key(), nullable=True),
+        sa.PrimaryKeyConstraint("instance_name", "node", name="pk_runtimes"),
         sa.UniqueConstraint("uuid", name="uq_runtimes_uuid"),
         _refers("runtimes", "instance_name", "instances.name", ondelete="CASCADE"),
         _refers("runtimes", "node", "nodes.name"),
@@ -131,16 +147,36 @@ def _disk_leases() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_disk_leases"),
         sa.UniqueConstraint("node", "file_id", "instance_name", name="uq_disk_leases_node_file_id_instance_name"),
         _refers("disk_leases", "node", "nodes.name"),
-        _refers("disk_leases", "instance_name", "runtimes.instance_name", ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["instance_name", "node"],
+            ["runtimes.instance_name", "runtimes.node"],
+            name="fk_disk_leases_instance_name_runtimes",
+            ondelete="CASCADE",
+        ),
     )
-    op.create_index("ix_disk_leases_instance_name", "disk_leases", ["instance_name"])
+    op.create_index("ix_disk_leases_instance_name_node", "disk_leases", ["instance_name", "node"])
+
+
+def _snapshots() -> None:
+    _table(
+        "snapshots",
+        _column("id", sa.Integer()),
+        _column("instance_name", _key()),
+        _column("name", _key(64)),
+        _column("state", _key(16)),
+        _column("job_id", _key()),
+        _column("layers", _document()),
+        _column("created_at", _time()),
+        sa.PrimaryKeyConstraint("id", name="pk_snapshots"),
+        sa.UniqueConstraint("instance_name", "name", name="uq_snapshots_instance_name_name"),
+        _refers("snapshots", "instance_name", "instances.name", ondelete="CASCADE"),
+    )
 
 
 def _jobs() -> None:
     _table(
         "jobs",
-        # SQLite counts by itself only in a column typed INTEGER.
-        _column("sequence", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True),
+        _column("sequence", _serial(), autoincrement=True),
         _column("id", _key()),
         _column("node", _key(63)),
         _column("task", _key(128)),
@@ -164,6 +200,8 @@ def _jobs() -> None:
         _column("retries", sa.Integer()),
         _column("retry_at", _time(), nullable=True),
         _column("retry_of", _key(), nullable=True),
+        _column("step_of", _key(), nullable=True),
+        _column("resumes", sa.Integer()),
         _column("result", _document(), nullable=True),
         _column("error", _document(), nullable=True),
         _column("received_at", _time()),
@@ -175,10 +213,13 @@ def _jobs() -> None:
         _refers("jobs", "node", "nodes.name"),
         _refers("jobs", "claimed_by", "incarnations.id"),
     )
-    op.create_index("ix_jobs_node_state_sequence", "jobs", ["node", "state", "sequence"])
+    op.create_index("ix_jobs_node_received_at", "jobs", ["node", "received_at"])
+    op.create_index("ix_jobs_node_state_received_at", "jobs", ["node", "state", "received_at"])
+    op.create_index("ix_jobs_node_state_finished_at", "jobs", ["node", "state", "finished_at"])
     op.create_index("ix_jobs_instance_name_state_sequence", "jobs", ["instance_name", "state", "sequence"])
-    op.create_index("ix_jobs_state_retry_at", "jobs", ["state", "retry_at"])
-    op.create_index("ix_jobs_finished_at", "jobs", ["finished_at"])
+    op.create_index("ix_jobs_claimed_by_finished_at", "jobs", ["claimed_by", "finished_at"])
+    op.create_index("ix_jobs_retry_of", "jobs", ["retry_of"])
+    op.create_index("ix_jobs_step_of", "jobs", ["step_of"])
     _table(
         "job_parents",
         _column("job_id", _key()),
@@ -201,6 +242,46 @@ def _instance_locks() -> None:
     )
 
 
+def _live_migrations() -> None:
+    _table(
+        "live_migrations",
+        _column("job_id", _key()),
+        _column("instance_name", _key()),
+        _column("source", _key(63)),
+        _column("target", _key(63)),
+        _column("stage", _key(16)),
+        _column("source_uuid", _key(36), nullable=True),
+        _column("target_uuid", _key(36), nullable=True),
+        _column("host", sa.String(255), nullable=True),
+        _column("port", sa.Integer(), nullable=True),
+        _column("options", _document()),
+        _column("was_paused", sa.Boolean()),
+        _column("info", _document()),
+        _column("prediction", _document(), nullable=True),
+        _column("report", _document()),
+        _column("started_at", _time()),
+        _column("stopped_at", _time(), nullable=True),
+        _column("resumed_at", _time(), nullable=True),
+        _column("switched_at", _time(), nullable=True),
+        _column("ended_at", _time(), nullable=True),
+        sa.PrimaryKeyConstraint("job_id", name="pk_live_migrations"),
+        _refers("live_migrations", "job_id", "jobs.id", ondelete="CASCADE"),
+    )
+    op.create_index("ix_live_migrations_instance_name", "live_migrations", ["instance_name"])
+    op.create_index("ix_live_migrations_source_stage", "live_migrations", ["source", "stage"])
+    op.create_index("ix_live_migrations_target_stage", "live_migrations", ["target", "stage"])
+    _table(
+        "migration_samples",
+        _column("id", _serial(), autoincrement=True),
+        _column("job_id", _key()),
+        _column("at", _time()),
+        _column("data", _document()),
+        sa.PrimaryKeyConstraint("id", name="pk_migration_samples"),
+        _refers("migration_samples", "job_id", "jobs.id", ondelete="CASCADE"),
+    )
+    op.create_index("ix_migration_samples_job_id", "migration_samples", ["job_id"])
+
+
 def _uid_pool() -> None:
     _table(
         "uid_ranges",
@@ -217,6 +298,8 @@ def _uid_pool() -> None:
         _column("node", _key(63)),
         _column("uid", sa.BigInteger(), autoincrement=False),
         _column("instance_name", _key(), nullable=True),
+        _column("runtime_uuid", _key(36), nullable=True),
+        _column("last_instance", _key(), nullable=True),
         _column("leased_at", _time()),
         _column("released_at", _time(), nullable=True),
         sa.PrimaryKeyConstraint("node", "uid", name="pk_uid_leases"),
@@ -247,6 +330,11 @@ def _refers(table: str, column: str, target: str, ondelete: str | None = None) -
 def _key(length: int = 255) -> TypeEngine[str]:
     exact = mysql.VARCHAR(length, charset="ascii", collation="ascii_bin")
     return sa.String(length).with_variant(exact, "mysql", "mariadb")
+
+
+def _serial() -> TypeEngine[int]:
+    # SQLite counts by itself only in a column typed INTEGER.
+    return sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def _long_text() -> TypeEngine[str]:

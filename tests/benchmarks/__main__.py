@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.benchmarks import adopt, listing, machine, memory, noop, parallel, start, stop, table
+from tests.benchmarks import adopt, listing, machine, memory, migration, noop, parallel, start, stop, table
 from tests.benchmarks.figures import Result
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "parallel": parallel,
     "list": listing,
     "adopt": adopt,
+    "migration": migration,
 }
 
 

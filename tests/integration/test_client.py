@@ -98,7 +98,8 @@ class Service:
         self.start()
 
     def start(self) -> None:
-        options = {"port": "0", "unixsocket": str(self.socket), "dir": str(self.folder), "appendonly": "yes"}
+        options = {"port": "0", "unixsocket": str(self.socket), "dir": str(self.folder)}
+        options |= {"appendonly": "yes", "appendfsync": "always"}  # a kill loses nothing that was answered
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
         self.process = subprocess.Popen(["redis-server", *arguments], stdout=subprocess.DEVNULL)
         self.client = redis.Redis(unix_socket_path=str(self.socket))

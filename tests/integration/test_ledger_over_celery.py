@@ -188,7 +188,7 @@ def test_the_result_of_a_job_whose_worker_was_killed_comes_under_its_id_from_the
     assert waiting.wait(DEADLINE_S)["name"] == "web1"
     done = row(n1, busy)
     assert (done.state, done.attempts) == ("SUCCESS", 2)
-    assert [entry["phase"] for entry in done.phases] == ["shutdown", "shutdown"]
+    assert [entry["phase"] for entry in done.phases] == ["shutdown", "recover", "shutdown"]
     assert json.loads(stored(server, busy))["status"] == "SUCCESS"
     n1.nothing_is_left()
 

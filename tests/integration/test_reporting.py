@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import queue
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -77,6 +79,8 @@ def busy(node: TestNode, name: str = "web1") -> Iterator[str]:
         job = node.send("instance.stop", name=name, timeout_s=600)
         node.until_state(name, "stopping")
         yield job.id
+        if job.state == "REVOKED":
+            return
         serial.send(POWER_OFF_KEY)
         job.wait(DEADLINE_S)
 
@@ -86,13 +90,13 @@ def test_a_job_sends_an_event_for_each_phase_with_a_text_in_result(n1: TestNode)
         job = n1.send("instance.start", instance=tiny_instance(n1.root))
         job.wait(DEADLINE_S)
         seen = of_job(heard, job.id)
-    progress = [event for event in seen if event["type"] == "task-progress"]
+    progress = [event for event in seen if event["type"] == "task-Started"]
     assert progress
     percents = [int(event["result"].split(" % ")[0]) for event in progress]
     assert percents == sorted(percents)
     assert all(event["result"].split(" % ")[1] for event in progress)
     assert {event["hostname"] for event in progress} == {"hostler@n1"}
-    assert [event["type"] for event in seen if event["type"] != "task-progress"] == [
+    assert [event["type"] for event in seen if event["type"] != "task-Started"] == [
         "task-received",
         "task-started",
         "task-succeeded",
@@ -201,8 +205,9 @@ def flower(shared_node: TestNode, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def test_flower_shows_a_job_at_work_with_its_progress_and_then_its_result(n1: TestNode, flower: Flower) -> None:
     with busy(n1) as job_id:
-        shown = until(lambda: (task := flower.task(job_id)) and task["state"] == "PROGRESS" and task)
-        assert (shown["name"], shown["state"]) == ("instance.stop", "PROGRESS")
+        shown = until(lambda: (task := flower.task(job_id)) and "10 %" in str(task["result"]) and task)
+        assert (shown["name"], shown["state"]) == ("instance.stop", "STARTED")
+        assert "Terminate" in flower.get(f"/task/{job_id}")
         assert "power button" in shown["result"]
         assert " % " in shown["result"]
         assert "web1" in shown["kwargs"]
@@ -246,3 +251,53 @@ def test_the_login_that_closes_flower_is_documented() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert "celery -A worker flower" in readme
     assert "--basic-auth=" in readme
+
+
+def documented(flower: Flower, words: str, **values: str) -> Any:
+    """The answer to the request of docs/flower.md that has ``words`` in it, run as it stands there."""
+    if not shutil.which("curl"):
+        missing("curl", "install curl")
+    text = (Path(__file__).parents[2] / "docs" / "flower.md").read_text()
+    (command,) = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if words in block]
+    for name, value in ({"http://127.0.0.1:5555": flower.url, "me:secret": LOGIN} | values).items():
+        assert name in command
+        command = command.replace(name, value)
+    done = subprocess.run(["sh", "-ec", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_documented_request_to_flower_retries_a_failed_job(n1: TestNode, flower: Flower) -> None:
+    failed = n1.send("instance.pause", name="web1")
+    with pytest.raises(OperationFailed):
+        failed.wait(DEADLINE_S)
+    n1.start(tiny_instance(n1.root))
+    sent = documented(flower, "job.retry", JOB_ID=failed.id)
+    answer = documented(flower, "/result/", TASK_ID=sent["task-id"])
+    (retry,) = answer["result"]
+    assert (retry["retry_of"], retry["task"]) == (failed.id, "instance.pause")
+    assert n1.client().job(retry["id"]).wait(DEADLINE_S)["state"] == "paused"
+
+
+def test_flower_shows_a_job_that_waits_and_the_documented_request_cancels_it(n1: TestNode, flower: Flower) -> None:
+    with busy(n1) as job_id:
+        waiting = n1.send("instance.pause", name="web1")
+        shown = until(lambda: (task := flower.task(waiting.id)) and task["result"] and task)
+        assert (shown["state"], shown["result"]) == ("RECEIVED", f"0 % waiting for job {job_id}")
+        assert "Revoke" in flower.get(f"/task/{waiting.id}")
+        documented(flower, "/revoke/", JOB_ID=waiting.id)
+        until(lambda: waiting.state == "REVOKED")
+        until(lambda: (task := flower.task(waiting.id)) and task["state"] == "REVOKED")
+
+
+def test_a_job_that_was_terminated_at_work_is_revoked_in_flower(n1: TestNode, flower: Flower) -> None:
+    with busy(n1) as job_id:
+        until(lambda: (task := flower.task(job_id)) and "10 %" in str(task["result"]))
+        documented(flower, "/revoke/", JOB_ID=job_id)
+        until(lambda: (task := flower.task(job_id)) and task["state"] == "REVOKED")
+        n1.do("instance.stop", name="web1", force=True)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthcheck"])
+def test_what_the_documentation_calls_open_is_open(flower: Flower, path: str) -> None:
+    assert flower.get(path, login="")

@@ -151,11 +151,11 @@ def test_an_instance_that_is_no_object(n1: TestNode, instance: Any) -> None:
 
 
 def test_unknown_keys_at_every_level(n1: TestNode) -> None:
-    instance = tiny_instance(n1.root, hvparams={"spice": 1}) | {"nics": [CARD | {"vlan": 1}], "color": "blue"}
+    instance = tiny_instance(n1.root, hvparams={"spice": 1}) | {"nics": [CARD | {"speed": 1}], "color": "blue"}
     instance["disks"][0]["size"] = 1
     failed = refused(n1, instance, urgent=True)
     assert sorted(fields(failed)) == [
-        "instance.color", "instance.disks[0].size", "instance.hvparams.spice", "instance.nics[0].vlan", "urgent",
+        "instance.color", "instance.disks[0].size", "instance.hvparams.spice", "instance.nics[0].speed", "urgent",
     ]  # fmt: skip
     assert {error["reason"] for error in failed.details["errors"]} == {"is not supported"}
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.node
 VIEW_FIELDS = {
     "name", "node", "state", "pid", "memory_mib", "vcpus", "uid", "nics", "disks", "tags", "started_at", "ended_at",
     "reason", "qemu_version", "machine", "accelerator", "uuid", "run_dir",
+    "wanted", "autostart", "restart_policy", "restarts", "restart_at",
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_a_started_guest_runs_and_its_view_is_complete(n1: TestNode) -> None:
     assert view.keys() == VIEW_FIELDS
     assert (view["name"], view["node"], view["state"]) == ("web1", "n1", "running")
     assert (view["memory_mib"], view["vcpus"], view["uid"], view["tags"]) == (17, 1, None, ["blue"])
-    assert view["nics"] == [{"mac": "52:54:00:00:00:01", "mode": "user", "link": "", "ip": "", "tap": ""}]
+    assert view["nics"] == [{"mac": "52:54:00:00:00:01", "mode": "user", "link": "", "ip": "", "vlan": 0, "tap": ""}]
     assert view["disks"] == [{"path": instance["disks"][0]["path"], "mode": "rw", "shared": False, "format": "raw"}]
     assert datetime.fromisoformat(view["started_at"]).utcoffset() == timedelta(0)
     assert (view["ended_at"], view["reason"]) == (None, None)
@@ -304,7 +305,8 @@ def test_check_finds_nothing_wrong_and_starts_nothing(n1: TestNode) -> None:
     before = n1.known()
     found = n1.do("instance.check", instance=tiny_instance(n1.root, "checked"))
     assert found["errors"] == []
-    assert [warning["field"] for warning in found["warnings"]] == ["instance.hvparams.machine_version"]
+    unset = ["instance.hvparams.machine_version", "instance.hvparams.cpu_type"]
+    assert [warning["field"] for warning in found["warnings"]] == unset
     assert n1.known() == before
     n1.nothing_is_left()
 

@@ -18,6 +18,7 @@ HOST_CHECKS: dict[str, Callable[[], Check]] = {
     "tun": host.tun,
     "ip": host.ip_command,
     "socat": host.socat_command,
+    "qemu-img": host.qemu_img_command,
 }
 NODE_CHECKS: dict[str, Callable[[Settings], Check]] = {
     "qemu": virtualization.qemu,

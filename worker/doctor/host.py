@@ -119,6 +119,11 @@ def socat_command() -> Check:
     return _tool("socat", "the command that instance.console prints needs it", install("socat", "socat"))
 
 
+def qemu_img_command() -> Check:
+    """What snapshots and backups call."""
+    return _tool("qemu-img", "snapshots and backups need it", install("qemu-utils", "qemu-img"))
+
+
 def _tool(name: str, purpose: str, fix: str) -> Check:
     found = shutil.which(name)
     return Check(name, "ok", found) if found else Check(name, "warn", f"not on PATH; {purpose}", fix)

@@ -76,6 +76,14 @@ class Features(_Frozen):
     """Whether KVM is compiled in; whether it works here, only a booted guest shows (``accelerator``)."""
     sandbox: bool
     """Whether ``-sandbox`` (seccomp) is there."""
+    devices: frozenset[str]
+    """Names for ``-device``."""
+    aio: frozenset[str]
+    """How it can read and write files: ``threads``, ``native``, ``io_uring``."""
+    spice: bool
+    """Whether SPICE is compiled in and its module installed."""
+    run_with: frozenset[str] = frozenset()
+    """What ``-run-with`` takes, such as ``chroot`` and ``user``; empty where it is ``-chroot`` and ``-runas``."""
 
 
 class _CacheEntry(_Frozen):
@@ -249,7 +257,21 @@ def _features(monitor: _Monitor) -> Features:
         cpu_models=frozenset(entry["name"] for entry in monitor.execute("query-cpu-definitions")),
         kvm_compiled=monitor.execute("query-kvm")["present"],
         sandbox=monitor.knows_option("sandbox"),
+        devices=_types(monitor, "device"),
+        aio=_aio(monitor),
+        spice="chardev-spicevmc" in _types(monitor, "chardev"),
+        run_with=monitor.parameters_of("run-with"),
     )
+
+
+def _types(monitor: _Monitor, kind: str) -> frozenset[str]:
+    return frozenset(entry["name"] for entry in monitor.execute("qom-list-types", implements=kind))
+
+
+def _aio(monitor: _Monitor) -> frozenset[str]:
+    # The schema numbers its types: the one that is meant is known by what is always in it.
+    enums = (entry["values"] for entry in monitor.execute("query-qmp-schema") if entry["meta-type"] == "enum")
+    return frozenset(next((values for values in enums if {"threads", "native"} <= {*values}), ()))
 
 
 def _machine(entry: dict[str, Any]) -> Machine:
@@ -288,6 +310,10 @@ class _Monitor:
 
     def knows_option(self, name: str) -> bool:
         return "return" in self._exchange("query-command-line-options", {"option": name})
+
+    def parameters_of(self, option: str) -> frozenset[str]:
+        answer = self._exchange("query-command-line-options", {"option": option})
+        return frozenset(each["name"] for found in answer.get("return", ()) for each in found["parameters"])
 
     def _exchange(self, command: str, arguments: dict[str, str]) -> dict[str, Any]:
         self._to.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")

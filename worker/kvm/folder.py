@@ -4,6 +4,10 @@
     qmp                      the worker's monitor
     monitor                  a person's monitor (readline)
     serial                   the serial console
+    agent                    the guest agent's channel, if the guest has one
+    seed.iso                 the CD made for cloud-init, if the guest has one; mode 0600, it may hold secrets
+    chroot/                  all that a confined QEMU sees of the host's files: nothing
+    display                  a link to the VNC or SPICE display's socket, which lies where the operator wants it
     qemu.log                 what QEMU says of itself
     journal                  every event QEMU ever sent, one JSON document a line, worker or no worker
 """
@@ -15,6 +19,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,10 @@ class GuestFolder:
         self.qmp = path / "qmp"
         self.monitor = path / "monitor"
         self.serial = path / "serial"
+        self.agent = path / "agent"
+        self.seed = path / "seed.iso"
+        self.chroot = path / "chroot"
+        self.display = path / "display"
         self.log = path / "qemu.log"
         self.journal = path / "journal"
 
@@ -54,6 +63,10 @@ class GuestFolder:
             raise
         return listener
 
+    def adopt_socket(self, path: Path) -> None:
+        """Have the display's socket at ``path``, which QEMU will make, removed with this folder."""
+        self.display.symlink_to(path)
+
     def open_for_append(self, path: Path) -> int:
         """A descriptor to write ``path`` with; appending, so that the file can be cut while QEMU writes."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -67,14 +80,17 @@ class GuestFolder:
         return tail.replace("\0", "\N{REPLACEMENT CHARACTER}")  # which no database's text can hold
 
     def last_event(self, name: str) -> dict[str, Any] | None:
-        """The last event of this name in QEMU's journal; a line cut off by a kill or a trim is passed over."""
+        """The last event of this name in QEMU's journal, None where it has none."""
+        return next(self.events(name), None)
+
+    def events(self, name: str) -> Iterator[dict[str, Any]]:
+        """The events of this name in QEMU's journal, latest first; a line that a kill cut off is passed over."""
         with contextlib.suppress(OSError):
             for line in reversed(self.journal.read_bytes().splitlines()):
                 with contextlib.suppress(ValueError, RecursionError):
                     event = json.loads(line)
                     if isinstance(event, dict) and event.get("event") == name:
-                        return event
-        return None
+                        yield event
 
     def trim_journal(self, limit_bytes: int = 256 * 1024) -> None:
         """Empty a journal that grew past ``limit_bytes``; only for a guest whose worker listens."""
@@ -86,5 +102,7 @@ class GuestFolder:
         """Delete the folder and all in it; False when there was none."""
         if not self.path.exists():
             return False
+        if self.display.is_socket():  # a QEMU that was killed could not remove it
+            self.display.readlink().unlink(missing_ok=True)
         shutil.rmtree(self.path)
         return True

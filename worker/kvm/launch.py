@@ -11,8 +11,10 @@ from pathlib import Path
 
 from hostler.payloads import Instance
 from worker.errors import QemuFailed, QmpLost
-from worker.kvm.arguments import HostPart, build, render
+from worker.kvm.arguments import HostPart, TapFds, build, render
+from worker.kvm.command_line.options import Confinement
 from worker.kvm.folder import GuestFolder
+from worker.kvm.prepared import prepare
 from worker.kvm.process import QemuProcess
 from worker.kvm.qmp import Event, EventLoop, Monitor
 
@@ -46,28 +48,43 @@ def spawn(
     instance: Instance,
     folder: GuestFolder,
     sockets: Sockets,
-    tap_fds: dict[int, int],
+    tap_fds: dict[int, TapFds],
     *,
     uuid: str,
     accelerator: str,
+    confinement: Confinement = Confinement(),  # noqa: B008  (frozen)
+    incoming: bool = False,
+    machine_uuid: str = "",
 ) -> QemuProcess:
-    """Start QEMU with the guest stopped before its first instruction. Raises QemuFailed when it cannot be executed."""
+    """Start QEMU with the guest stopped before its first instruction. Raises QemuFailed when it cannot be executed.
+
+    ``incoming``: it waits for a guest of another node, see ``worker.kvm.live_migration``, whose machine has
+    ``machine_uuid``.
+    """
+    prepared = prepare(instance, folder)
     host = HostPart(
         uuid=uuid,
         accelerator=accelerator,
         qmp_fd=sockets.qmp.fileno(),
         monitor_fd=sockets.monitor.fileno(),
         serial_fd=sockets.serial.fileno() if sockets.serial else None,
+        agent_fd=prepared.agent_fd,
+        password_fds=prepared.password_fds,
         tap_fds=tap_fds,
         block_devices=frozenset(disk.path for disk in instance.disks if Path(disk.path).is_block_device()),
+        confinement=confinement,
+        seed_path=str(folder.seed),
+        incoming=incoming,
+        machine_uuid=machine_uuid,
     )
-    inherited = [fd for fd in (host.qmp_fd, host.monitor_fd, host.serial_fd) if fd is not None]
+    inherited = [fd for fd in (host.qmp_fd, host.monitor_fd, host.serial_fd, *prepared.fds) if fd is not None]
+    inherited += [fd for each in tap_fds.values() for fd in (*each.queues, *each.vhost)]
     argv = render(str(binary), build(instance, host))
-    opened = [_handshake(), folder.open_for_append(folder.journal), folder.open_for_append(folder.log)]
+    opened = [
+        _handshake(), folder.open_for_append(folder.journal), folder.open_for_append(folder.log), *prepared.fds
+    ]  # fmt: skip
     try:
-        return QemuProcess.spawn(
-            argv, pass_fds=[*inherited, *tap_fds.values()], stdin=opened[0], stdout=opened[1], stderr=opened[2]
-        )
+        return QemuProcess.spawn(argv, pass_fds=inherited, stdin=opened[0], stdout=opened[1], stderr=opened[2])
     except OSError as exc:
         raise QemuFailed(f"cannot execute {binary}: {exc.strerror}") from exc
     finally:

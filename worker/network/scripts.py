@@ -1,7 +1,7 @@
 """The scripts that connect a tap to the host's network (ifup) and disconnect it (ifdown), run as ``SCRIPT TAP``.
 
-The environment is Ganeti's, and nothing else of the worker's is passed on: INSTANCE, MAC, MODE, INTERFACE,
-INTERFACE_INDEX, TAGS, and IP, LINK, BRIDGE where they apply.
+The environment is Ganeti's with VLAN and MTU added, and nothing else of the worker's is passed on: INSTANCE, MAC, MODE,
+INTERFACE, INTERFACE_INDEX, TAGS, and IP, LINK, BRIDGE, VLAN, MTU where they apply.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from typing import IO
 
 from hostler.payloads import Nic
 from worker.errors import NetworkFailed
+from worker.network import links
 
 SCRIPT_TIMEOUT_S = 30.0
 CHECK_S = 0.1
 OUTPUT_MAX_BYTES = 4000
 """How much of a script's output an error quotes, from its end."""
-
-SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def shipped(name: str) -> Path:
@@ -34,9 +33,9 @@ def shipped(name: str) -> Path:
 
 
 def environment(instance: str, tags: list[str], index: int, nic: Nic, tap: str) -> dict[str, str]:
-    """What a network script is told about the card it configures."""
+    """What a network script is told about the card it configures; MTU is the bridge's, in bytes, where it has one."""
     env = {
-        "PATH": SEARCH_PATH,
+        "PATH": links.SEARCH_PATH,
         "INSTANCE": instance,
         "MAC": nic.mac,
         "MODE": nic.mode,
@@ -48,8 +47,12 @@ def environment(instance: str, tags: list[str], index: int, nic: Nic, tap: str) 
         env["IP"] = nic.ip
     if nic.link:
         env["LINK"] = nic.link
-        if nic.mode == "bridged":
-            env["BRIDGE"] = nic.link
+    if nic.mode == "bridged":
+        env["BRIDGE"] = nic.link
+    if nic.mode in ("bridged", "openvswitch") and (mtu := links.mtu_bytes(nic.link)):
+        env["MTU"] = str(mtu)
+    if nic.vlan:
+        env["VLAN"] = str(nic.vlan)
     return env
 
 

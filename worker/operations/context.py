@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from worker.errors import Cancelled
 from worker.kvm import accelerator, emulator
 from worker.kvm.emulator import Features
 from worker.kvm.qmp import EventLoop
-from worker.network import scripts
+from worker.network import links, scripts
 from worker.operations.ledger import Ledger
 
 CANCEL_POLL_S = 0.1
@@ -34,11 +35,15 @@ class NodeContext:
     incarnation: str
     loop: EventLoop
     ledger: Ledger = field(init=False)
+    wake_at: Callable[[datetime | None], None] = field(default=lambda at: None, repr=False)
+    """Tell the worker's heartbeat that something of the ledger, or a restart, is due at a time (None: nothing is)."""
     _features: tuple[list[str | int], Features] | None = field(default=None, repr=False)
     _probing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        limits = {"start": self.settings.limit_starts}
+        settings = self.settings
+        limits = {"start": settings.limit_starts, "backup": settings.limit_backups}
+        limits["migration"] = settings.limit_migrations
         self.ledger = Ledger(self.database, self.settings.node, self.incarnation, limits)
 
     @property
@@ -70,6 +75,11 @@ class NodeContext:
             return accelerator.kvm_works(self.qemu_binary, self.cache_dir)
 
     @property
+    def migration_host(self) -> str:
+        """The address on which this node receives guests."""
+        return self.settings.migration_address or links.first_address()
+
+    @property
     def ifup(self) -> Path:
         """The script that connects a tap."""
         return Path(self.settings.ifup) if self.settings.ifup else scripts.shipped("ifup")
@@ -78,6 +88,21 @@ class NodeContext:
     def ifdown(self) -> Path:
         """The script that disconnects a tap."""
         return Path(self.settings.ifdown) if self.settings.ifdown else scripts.shipped("ifdown")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The job that another one is a step of, and how the step shows there: as this phase, from percent to percent."""
+
+    job_id: str
+    publish: Publish
+    phase: str
+    span: tuple[int, int]
+
+    def percent(self, of_step: int) -> int:
+        """How far the whole is when its step is so far."""
+        low, high = self.span
+        return low + (high - low) * of_step // 100
 
 
 @dataclass
@@ -91,6 +116,7 @@ class JobContext:
     attempt: int = 1
     deaths: int = 0
     current_phase: str = "received"
+    whole: Whole | None = None
     _cancel: threading.Event = field(default_factory=threading.Event, repr=False)
     _committed: bool = False
     _deciding: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -101,18 +127,39 @@ class JobContext:
         Raises Cancelled, before anything is recorded, when the job was asked to give up and still can.
         """
         self.check_cancelled()
-        stored = self.node.ledger.advance(self.id, phase, percent, message)
+        ledger, whole = self.node.ledger, self.whole
+        if whole is None:
+            stored = ledger.advance(self.id, phase, percent, message)
+        else:
+            there = whole.job_id, whole.phase, whole.percent(percent)
+            stored, of_whole = ledger.advance_step(self.id, phase, percent, message, there)
+            if of_whole is not None:
+                whole.publish(self._meta(whole.phase, of_whole, message))
         self.current_phase = phase
-        self.publish(
-            {
-                "phase": phase,
-                "percent": stored,
-                "message": message,
-                "instance": self.instance,
-                "node": self.node.name,
-                "updated_at": utc_now().isoformat(),
-            }
-        )
+        self._tell(stored, message)
+
+    def progress(self, percent: int, message: str) -> None:
+        """How far the present phase has come, as ``phase`` but without an entry in the job's history."""
+        self.check_cancelled()
+        self._tell(self.node.ledger.progress(self.id, percent, message), message)
+
+    def migrating(self, percent: int, message: str, live_migration: dict[str, Any]) -> None:
+        """How a live migration goes, in the contract's words. Never raises Cancelled: who follows it decides."""
+        stored = self.node.ledger.progress(self.id, percent, message, live_migration)
+        self.publish(self._meta(self.current_phase, stored, message) | {"live_migration": live_migration})
+
+    def _tell(self, stored: int, message: str) -> None:
+        self.publish(self._meta(self.current_phase, stored, message))
+
+    def _meta(self, phase: str, percent: int, message: str) -> dict[str, Any]:
+        return {
+            "phase": phase,
+            "percent": percent,
+            "message": message,
+            "instance": self.instance,
+            "node": self.node.name,
+            "updated_at": utc_now().isoformat(),
+        }
 
     def carry_on(self) -> None:
         """The job was past its last point of return when its worker died: it finishes, cancelled or not."""
@@ -135,7 +182,7 @@ class JobContext:
     @property
     def is_giving_up(self) -> bool:
         """Whether the job was asked to give up while it still could."""
-        return self._cancel.is_set()
+        return self._cancel.is_set() and not self._committed
 
     def check_cancelled(self) -> None:
         """Raises Cancelled when the job was asked to give up and still can."""
@@ -151,6 +198,10 @@ class JobContext:
                 return False
         return True
 
-    def earlier_phases(self) -> list[str]:
-        """The phases an earlier attempt recorded, whose worker died; empty for a first attempt."""
-        return self.node.ledger.phases_of(self.id) if self.attempt > 1 else []
+    def last_phase(self) -> tuple[str, datetime | None]:
+        """The last phase that an earlier attempt recorded, and when it began; ``received`` where there was none."""
+        return self.node.ledger.last_phase_of(self.id)
+
+    def note(self, message: str) -> None:
+        """Record in the job's history what was decided about it; never raises Cancelled."""
+        self.node.ledger.note(self.id, message)

@@ -7,16 +7,28 @@ import os
 import uuid
 from pathlib import Path
 
+import structlog
 from sqlalchemy import select
 
 from hostler import __version__
+from hostler.contract import ErrorCode
 from models import Database, Incarnation, Node, utc_now
 from worker.errors import OperationError
-from worker.kvm.process import ProcessIdentity
+from worker.kvm.process import ProcessIdentity, boot_id
+from worker.operations.maintenance.marks import lift_fence
+from worker.operations.views import iso
+
+log = structlog.get_logger(__name__)
 
 
 class SecondWorker(OperationError):
     """This node has a living worker already. Nothing was started."""
+
+
+class NodeFenced(OperationError):
+    """This node was given up: its guests may run elsewhere by now. Nothing was started, and no QEMU was touched."""
+
+    code = ErrorCode.NODE_UNAVAILABLE
 
 
 class NodeLock:
@@ -45,14 +57,21 @@ def enter(database: Database, node: str) -> str:
     """Register this process as the node's worker and return the incarnation's id.
 
     Raises SecondWorker when the database names another process of this host, alive, as the node's worker (one with
-    another state folder, which the lock file cannot see). Predecessors that are dead are marked so.
+    another state folder, which the lock file cannot see), and NodeFenced when the node is fenced and its host was not
+    booted since. Predecessors that are dead are marked so.
     """
     me = ProcessIdentity.of(os.getpid())
     assert me is not None
     with database.transaction() as session:
-        if session.get(Node, node, with_for_update=True) is None:
+        row = session.get(Node, node, with_for_update=True)
+        if row is None:
             session.add(Node(name=node))
             session.flush()
+        elif row.fenced_at:
+            _require_booted_since(row)
+            log.warning(
+                "this node was fenced; its host was booted since, and the fence is lifted", since=lift_fence(row)
+            )
         for other in session.scalars(
             select(Incarnation).where(Incarnation.node == node, Incarnation.ended_at.is_(None))
         ):
@@ -73,10 +92,24 @@ def enter(database: Database, node: str) -> str:
         return incarnation.id
 
 
+def _require_booted_since(node: Node) -> None:
+    if node.fenced_boot_id is None or node.fenced_boot_id == boot_id():
+        raise NodeFenced(
+            f"node {node.name} was fenced at {iso(node.fenced_at)} (job {node.fenced_by}) and this host was not booted "
+            "since: guests of it may run on other nodes by now, and their old QEMUs still here. Nothing was touched. "
+            f"End those QEMUs, or boot this host; then, from any living node: hostler unfence {node.name}"
+        )
+
+
 def beat(database: Database, incarnation: str) -> None:
-    """Say that this worker lives."""
+    """Say that this worker lives. Raises NodeFenced where its node was given up while it lived."""
     with database.transaction() as session:
-        session.get_one(Incarnation, incarnation).heartbeat_at = utc_now()
+        me = session.get_one(Incarnation, incarnation)
+        fenced_at = session.get_one(Node, me.node).fenced_at if me.ended_at else None
+        if fenced_at is None:
+            me.heartbeat_at = utc_now()
+    if fenced_at:
+        raise NodeFenced(f"node {me.node} was fenced at {iso(fenced_at)} although this worker lives; it ends")
 
 
 def leave(database: Database, incarnation: str) -> None:

@@ -17,6 +17,10 @@ from worker.operations.receipts import Decision, Verdict, Wakeup
 PARENTS, INSTANCE, LIMIT = "parents", "instance", "limit"
 """What a WAITING job waits on."""
 
+STEPS = "steps"
+"""What a job waits on that has begun, and has another node do a part of it: in PROGRESS, claimed by nobody."""
+WAITING_STATES = (JobState.WAITING, JobState.PROGRESS)
+
 
 def wakeup(job: Job) -> Wakeup:
     return Wakeup(job.id, job.task, job.arguments, job.node, job.priority)
@@ -26,6 +30,13 @@ def make_ready(job: Job) -> Wakeup:
     """A job that waited has what it waited for: it is pending, and its message is to be sent."""
     job.state, job.waits_on, job.waiting_for = JobState.PENDING, None, []
     return wakeup(job)
+
+
+def go_on(job: Job) -> Wakeup:
+    """A job whose step has ended, or is waited for no longer, is to be taken up again by its own node."""
+    job.resumes += 1
+    job.retry_at = None
+    return make_ready(job)
 
 
 def park(job: Job, waits_on: str, waiting_for: list[str]) -> Decision:
@@ -52,15 +63,30 @@ def ahead(session: Session, job: Job) -> list[str]:
     )
 
 
-def parents(session: Session, job_id: str) -> tuple[list[str], list[str]]:
-    """The parents that have not ended, and those that ended without success. Their rows stay locked meanwhile."""
-    ids = session.scalars(select(JobParent.parent_id).where(JobParent.job_id == job_id).order_by(JobParent.parent_id))
-    wanted = list(ids)
-    found = select(Job.id, Job.state).where(Job.id.in_(wanted)).order_by(Job.id).with_for_update()
+def parents(session: Session, job: Job) -> tuple[list[str], list[str]]:
+    """The parents that have not ended, and those that ended without success."""
+    ids = session.scalars(select(JobParent.parent_id).where(JobParent.job_id == job.id).order_by(JobParent.parent_id))
+    # What had ended when the job was parked may have been pruned since.
+    wanted = [parent for parent in ids if not job.waiting_for or parent in job.waiting_for]
+    found = select(Job.id, Job.state).where(Job.id.in_(wanted))
     states = {row.id: row.state for row in session.execute(found)}
     still_open = [parent for parent in wanted if states.get(parent) not in FINAL_JOB_STATES]
     failed = [parent for parent in wanted if states.get(parent) in (JobState.FAILURE, JobState.REVOKED)]
     return still_open, failed
+
+
+def comes_after_itself(session: Session, job_id: str) -> bool:
+    """Whether the jobs that this one waits for wait for it, by however many steps: none of them could ever begin."""
+    # Only a job that others named before it was received can close a circle; a long chain is not walked for nothing.
+    ahead_of, seen = {job_id}, set[str]()
+    named = session.scalar(select(JobParent.job_id).where(JobParent.parent_id == job_id).limit(1))
+    while named and ahead_of:
+        waiting = select(JobParent.parent_id).join(Job, Job.id == JobParent.job_id)
+        found = {*session.scalars(waiting.where(JobParent.job_id.in_(ahead_of), Job.finished_at.is_(None)))}
+        if job_id in found:
+            return True
+        ahead_of, seen = found - seen, seen | found
+    return False
 
 
 def cancelled(message: str) -> dict[str, Any]:
@@ -109,6 +135,11 @@ def locked_with_instance(session: Session, job_id: str, *, missing_ok: bool = Fa
     return lock, owned_job(session, job_id)
 
 
+def holds_instance(session: Session, job: Job) -> bool:
+    holder = select(InstanceLock.job_id).where(InstanceLock.instance_name == job.instance_name)
+    return session.scalar(holder) == job.id
+
+
 def owned_job(session: Session, job_id: str) -> Job:
     job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
     if job is None:
@@ -121,6 +152,6 @@ def waiting_children(session: Session, job_id: str) -> list[str]:
     children = (
         select(JobParent.job_id)
         .join(Job, Job.id == JobParent.job_id)
-        .where(JobParent.parent_id == job_id, Job.state == JobState.WAITING, Job.waits_on == PARENTS)
+        .where(JobParent.parent_id == job_id, Job.state.in_(WAITING_STATES), Job.waits_on.in_((PARENTS, STEPS)))
     )
     return list(session.scalars(children))

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from hostler.contract import InstanceState
+from hostler.contract import InstanceState, TaskName
+from hostler.errors import InvalidArgument
 from hostler.payloads import Instance, InstanceView, RebootArguments, StopArguments
 from models import Instance as InstanceRow
-from worker.errors import AlreadyRunning, Cancelled, NotRunning, OperationError, TimedOut, UnknownInstance
+from worker.errors import AlreadyRunning, Cancelled, NotRunning, OperationError, TimedOut
+from worker.kvm.qmp import Monitor
 from worker.operations import checks
 from worker.operations.context import JobContext, NodeContext
 from worker.operations.ending import GUEST_SHUT_DOWN, Ending
 from worker.operations.guests import Guest, Guests, identity_of, release
-from worker.operations.start import build, choose_accelerator, finish_interrupted
-from worker.operations.views import instance_view
+from worker.operations.recovery import Recovery, recover
+from worker.operations.recovery_table import Action
+from worker.operations.start import build, choose_accelerator, complete
+from worker.operations.views import view_of
+from worker.operations.wanted_rows import stopping, want_stopped
 
 PRESS_EVERY_S = 10.0
 """A guest that is still booting does not see the power button; it is pressed again at this interval."""
+
+BEFORE_REBUILD = frozenset({"received", "reset", "shutdown", "kill"})
+"""Phases of a reboot in which a QEMU that runs is the one to end; after them it is the one just begun."""
+
+TAKE_BACK_S = 2.0
+"""A cancelled job has ended within 5 s; a QEMU that does not answer is asked again by the heartbeat."""
 
 KILL_DEADLINE_S = 40.0
 """SIGTERM, SIGKILL and the clean-up together; see QemuProcess.kill."""
@@ -30,11 +42,20 @@ def stop(node: NodeContext, guests: Guests, job: JobContext, arguments: StopArgu
     A paused guest is resumed first when it is asked to shut down: a guest that does not run cannot. Raises
     UnknownInstance, and TimedOut under ``on_timeout="fail"`` (the guest then runs on).
     """
+    with stopping(node, arguments.name):
+        return _stop(node, guests, job, arguments)
+
+
+def _stop(node: NodeContext, guests: Guests, job: JobContext, arguments: StopArguments) -> InstanceView:
+    recovery = recover(node, guests, job, TaskName.INSTANCE_STOP, arguments.name)
     guest = guests.get(arguments.name)
+    if guest and recovery.action is Action.COMPLETE:
+        guest.ended.wait(KILL_DEADLINE_S)  # it has ended, and is being cleaned up after
+        guest = None
     view = view_of(node, arguments.name)  # in this order: of a guest that has just ended, the row tells all
     if guest is None:
-        return _already_stopped(view, job)
-    by_acpi = not arguments.force and _saved(node, arguments.name).hvparams.acpi
+        return _already_stopped(view, recovery)
+    by_acpi = recovery.phase != "kill" and not arguments.force and _saved(node, arguments.name).hvparams.acpi
     if by_acpi and _ask_to_shut_down(node, guests, job, guest, arguments.timeout_s):
         return _view(node, arguments.name, guest.ending.how if guest.ending else "guest_shutdown")
     if by_acpi and arguments.on_timeout == "fail":
@@ -44,7 +65,7 @@ def stop(node: NodeContext, guests: Guests, job: JobContext, arguments: StopArgu
             "Ask again, or stop it with force",
             state=InstanceState.RUNNING,
         )
-    _kill(node, job, guest)
+    _kill(node, guests, job, guest)
     return _view(node, arguments.name, guest.ending.how if guest.ending else "killed")
 
 
@@ -55,11 +76,11 @@ def reboot(node: NodeContext, guests: Guests, job: JobContext, arguments: Reboot
     NotRunning, UnknownInstance, and what a start can raise: then the guest is stopped.
     """
     view = view_of(node, arguments.name)
-    earlier = {*job.earlier_phases()}
-    if "rebuild" in earlier and (done := finish_interrupted(node, arguments.name, job)):
-        return done
-    guest = guests.get(arguments.name)
-    if guest is None and not earlier & {"shutdown", "kill", "rebuild"}:
+    recovery = recover(node, guests, job, TaskName.INSTANCE_REBOOT, arguments.name)
+    if recovery.action is Action.COMPLETE:
+        return view if recovery.phase == "reset" else complete(node, guests, arguments.name, paused=False)
+    guest = guests.get(arguments.name) if recovery.phase in BEFORE_REBUILD else None
+    if guest is None and recovery.action is Action.BEGIN:
         raise NotRunning(f"Failed to reboot instance {arguments.name}: not running", state=view["state"])
     if guest and arguments.mode == "reset":
         job.phase("reset", 50, "pulling the reset line")
@@ -68,31 +89,39 @@ def reboot(node: NodeContext, guests: Guests, job: JobContext, arguments: Reboot
         return view
     instance = _saved(node, arguments.name)
     if guest:
-        checks.require_valid(node, instance)
-        _end_for_reboot(node, guests, job, guest, arguments)
+        _require_rebuildable(node, guests, guest, instance)
+        _end_for_reboot(node, guests, job, guest, arguments, at_once=recovery.phase == "kill")
     job.carry_on()
     job.phase("rebuild", 55, "starting the saved virtual hardware")
-    return build(node, guests, job, instance, accelerator=choose_accelerator(node, instance), paused=False)
+    return build(node, guests, job, instance, accelerator=choose_accelerator(node, instance), paused=False, again=True)
 
 
 def pause(node: NodeContext, guests: Guests, job: JobContext, name: str) -> InstanceView:
     """Stop a guest's processors; pausing a paused guest changes nothing. Raises NotRunning, QmpLost."""
-    view_of(node, name)
-    guest = guests.need(name)
-    job.phase("pause", 50, "stopping the guest's processors")
-    job.commit()
-    guest.talk().pause_vcpus()
-    guests.observe(guest)
-    return view_of(node, name)
+    return _change(node, guests, job, name, TaskName.INSTANCE_PAUSE, "stopping", Monitor.pause_vcpus)
 
 
 def resume(node: NodeContext, guests: Guests, job: JobContext, name: str) -> InstanceView:
     """Let a paused guest run on; resuming a running one changes nothing. Raises NotRunning, QmpLost."""
+    return _change(node, guests, job, name, TaskName.INSTANCE_RESUME, "starting", Monitor.continue_vcpus)
+
+
+def _change(
+    node: NodeContext,
+    guests: Guests,
+    job: JobContext,
+    name: str,
+    task: TaskName,
+    doing: str,
+    command: Callable[[Monitor], None],
+) -> InstanceView:
     view_of(node, name)
+    recovery = recover(node, guests, job, task, name)
     guest = guests.need(name)
-    job.phase("resume", 50, "starting the guest's processors")
-    job.commit()
-    guest.talk().continue_vcpus()
+    if recovery.action is not Action.COMPLETE:
+        job.phase(task.removeprefix("instance."), 50, f"{doing} the guest's processors")
+        job.commit()
+        command(guest.talk())
     guests.observe(guest)
     return view_of(node, name)
 
@@ -103,6 +132,7 @@ def cleanup(node: NodeContext, guests: Guests, job: JobContext, name: str) -> di
     Raises AlreadyRunning for a live guest, UnknownInstance. The instance stays known, with its reason of ending.
     """
     view_of(node, name)
+    recover(node, guests, job, TaskName.INSTANCE_CLEANUP, name)
     with node.database.reading() as session:
         row = session.get_one(InstanceRow, name)
         runtime = row.runtime
@@ -113,19 +143,14 @@ def cleanup(node: NodeContext, guests: Guests, job: JobContext, name: str) -> di
         raise AlreadyRunning(f"Cannot cleanup a live instance: {name} runs; stop it first", state=row.state)
     job.phase("cleanup", 50, "removing what is left of the guest")
     job.commit()
-    removed = release(node, name, uuid, Ending(InstanceState.STOPPED, reason, "already_stopped"))
+    want_stopped(node, name)
+    given_back = release(node, name, uuid, Ending(InstanceState.STOPPED, reason, "already_stopped"))
     with node.database.transaction() as session:
         session.get_one(InstanceRow, name, with_for_update=True).state = InstanceState.STOPPED
-    return {"name": name, "node": node.name, "removed": removed, "released": [], "quarantined": []}
-
-
-def view_of(node: NodeContext, name: str) -> InstanceView:
-    """The instance as this node knows it. Raises UnknownInstance, also for one that another node has."""
-    with node.database.reading() as session:
-        row = session.get(InstanceRow, name)
-        if row is None or row.node != node.name:
-            raise UnknownInstance(name, node.name)
-        return instance_view(row)
+    report: dict[str, Any] = {"name": name, "node": node.name, "removed": [], "released": [], "quarantined": []}
+    for what in given_back:
+        report[{"uid": "released", "quarantine": "quarantined"}.get(what.split()[0], "removed")].append(what)
+    return report
 
 
 def _view(node: NodeContext, name: str, how: str) -> InstanceView:
@@ -134,7 +159,7 @@ def _view(node: NodeContext, name: str, how: str) -> InstanceView:
     return view
 
 
-def _already_stopped(view: InstanceView, job: JobContext) -> InstanceView:
+def _already_stopped(view: InstanceView, recovery: Recovery) -> InstanceView:
     if view["pid"] is not None:
         raise OperationError(
             f"{view['name']} has a runtime on record but this worker does not watch it; run "
@@ -142,7 +167,7 @@ def _already_stopped(view: InstanceView, job: JobContext) -> InstanceView:
             state=view["state"],
         )
     view["how"] = "already_stopped"
-    if job.earlier_phases():  # this very job had begun to stop it when its worker died
+    if recovery.action is Action.COMPLETE:  # this very job had begun to stop it when its worker died
         view["how"] = "guest_shutdown" if view["reason"] == GUEST_SHUT_DOWN else "killed"
     return view
 
@@ -154,10 +179,10 @@ def _saved(node: NodeContext, name: str) -> Instance:
 
 def _ask_to_shut_down(node: NodeContext, guests: Guests, job: JobContext, guest: Guest, timeout_s: float) -> bool:
     """Whether the guest shut down in time. Raises Cancelled when the job is to give up; the guest then is as before."""
-    job.phase("shutdown", 10, f"pressing the power button and waiting up to {timeout_s:g} s")
-    was_running = guest.talk().status() == "running"
-    _set_state(node, guest, InstanceState.STOPPING)
+    was_running = guest.talk().status(job.check_cancelled) == "running"
     try:
+        job.phase("shutdown", 10, f"pressing the power button and waiting up to {timeout_s:g} s")
+        _set_state(node, guest, InstanceState.STOPPING)
         return _press_until_it_ends(job, guest, timeout_s)
     except OperationError as exc:
         if isinstance(exc, Cancelled) and not was_running:
@@ -171,7 +196,7 @@ def _press_until_it_ends(job: JobContext, guest: Guest, timeout_s: float) -> boo
     deadline = time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         if not guest.ended.is_set():
-            _press(guest)
+            _press(job, guest)
         if job.wait(guest.ended, min(PRESS_EVERY_S, left_s)):
             return True
     return False
@@ -180,23 +205,27 @@ def _press_until_it_ends(job: JobContext, guest: Guest, timeout_s: float) -> boo
 def _take_back(node: NodeContext, guests: Guests, guest: Guest) -> None:
     """The guest is not being stopped any more: its state is what QEMU says."""
     _set_state(node, guest, InstanceState.UNKNOWN)
-    guests.observe(guest)
+    guests.observe(guest, TAKE_BACK_S)
 
 
-def _press(guest: Guest) -> None:
+def _press(job: JobContext, guest: Guest) -> None:
     try:
         monitor = guest.talk()
-        if monitor.status() != "running":
+        if monitor.status(job.check_cancelled) != "running":
             monitor.continue_vcpus()
-        monitor.press_power_button()
-    except OperationError:
-        if not guest.process.wait(1.0):
+        monitor.press_power_button(job.check_cancelled)
+    except OperationError as exc:
+        if isinstance(exc, Cancelled) or not guest.process.wait(1.0):
             raise
 
 
-def _kill(node: NodeContext, job: JobContext, guest: Guest) -> None:
-    job.phase("kill", 60, "ending QEMU")
-    job.commit()
+def _kill(node: NodeContext, guests: Guests, job: JobContext, guest: Guest) -> None:
+    try:
+        job.phase("kill", 60, "ending QEMU")
+        job.commit()
+    except Cancelled:
+        _take_back(node, guests, guest)
+        raise
     _set_state(node, guest, InstanceState.STOPPING)
     guest.killed_by_us = True
     guest.process.kill()
@@ -205,10 +234,10 @@ def _kill(node: NodeContext, job: JobContext, guest: Guest) -> None:
 
 
 def _end_for_reboot(
-    node: NodeContext, guests: Guests, job: JobContext, guest: Guest, arguments: RebootArguments
+    node: NodeContext, guests: Guests, job: JobContext, guest: Guest, arguments: RebootArguments, *, at_once: bool
 ) -> None:
-    if arguments.mode == "hard" or not _saved(node, arguments.name).hvparams.acpi:
-        _kill(node, job, guest)
+    if at_once or arguments.mode == "hard" or not _saved(node, arguments.name).hvparams.acpi:
+        _kill(node, guests, job, guest)
     elif not _ask_to_shut_down(node, guests, job, guest, arguments.timeout_s):
         _take_back(node, guests, guest)
         raise TimedOut(
@@ -216,6 +245,16 @@ def _end_for_reboot(
             "Ask again, or reboot it with mode=hard",
             state=InstanceState.RUNNING,
         )
+
+
+def _require_rebuildable(node: NodeContext, guests: Guests, guest: Guest, instance: Instance) -> None:
+    """Raises InvalidArgument; the guest then runs on, also where an earlier attempt was about to end it."""
+    try:
+        checks.require_valid(node, instance)
+    except InvalidArgument:
+        guest.killed_by_us = False
+        _take_back(node, guests, guest)
+        raise
 
 
 def _set_state(node: NodeContext, guest: Guest, state: InstanceState) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +17,14 @@ from hostler.settings import Settings
 from migrations import schema
 from models import Database, utc_now
 from worker.kvm.qmp import EventLoop
-from worker.operations import incarnation
+from worker.operations import incarnation, wanted_rows
+from worker.operations.audit.patrol import Patrol
 from worker.operations.context import JobContext, NodeContext
 from worker.operations.guests import Guests
 from worker.operations.host import require_fit
 from worker.operations.incarnation import NodeLock
+from worker.operations.live_migration import leftovers
+from worker.operations.pruning import Pruner
 from worker.operations.receipts import Ended, Wakeup
 from worker.operations.reconcile import adopt_guests
 
@@ -42,7 +47,10 @@ class Service:
         self._jobs: dict[str, JobContext] = {}
         self._stopping = threading.Event()
         self._nudged = threading.Event()
-        self._retry_at = node.ledger.next_retry_at()
+        self._due_at = self._next_due_at()
+        node.wake_at = self.wake_at
+        self._pruner = Pruner(node.database, node.settings)
+        self._patrol = Patrol(node, guests, node.settings.audit_interval_s)
         self._heart: threading.Thread | None = None
 
     @classmethod
@@ -89,10 +97,14 @@ class Service:
             return {"outcome": "requested", "message": f"it gives up in phase {job.current_phase} and undoes its work"}
         return {"outcome": "too_late", "message": f"too late: {job.current_phase}, it will finish"}
 
-    def expect_retry(self, at: datetime) -> None:
-        """A job was put off until ``at``: wake it then."""
-        self._retry_at = min(at, self._retry_at or at)
-        self._nudged.set()
+    def wake_at(self, at: datetime | None) -> None:
+        """Something is due at ``at``, a job that was put off or a guest's restart: see to it then."""
+        if at:
+            self._due_at = min(at, self._due_at or at)
+            self._nudged.set()
+
+    def _next_due_at(self) -> datetime | None:
+        return min(filter(None, (self.node.ledger.next_retry_at(), wanted_rows.next_at(self.node))), default=None)
 
     def start_heart(self, carry_out: Callable[[Ended], None]) -> None:
         """Beat until ``close``; ``carry_out`` sends the messages of jobs to wake."""
@@ -103,9 +115,10 @@ class Service:
         beat_at = 0.0
         while not self._stopping.is_set():
             try:
-                if self._retry_at and self._retry_at <= utc_now():
+                if self._due_at and self._due_at <= utc_now():
                     carry_out(Ended(self.node.ledger.due()))
-                    self._retry_at = self.node.ledger.next_retry_at()
+                    carry_out(Ended(wanted_rows.due(self.node)))
+                    self._due_at = self._next_due_at()
                 if time.monotonic() >= beat_at:
                     beat_at = time.monotonic() + HEARTBEAT_S
                     self._tend(carry_out)
@@ -115,15 +128,24 @@ class Service:
             self._nudged.clear()
 
     def _pause_s(self, beat_at: float) -> float:
-        until_retry_s = (self._retry_at - utc_now()).total_seconds() if self._retry_at else HEARTBEAT_S
-        return max(0.05, min(until_retry_s, beat_at - time.monotonic()))
+        until_due_s = (self._due_at - utc_now()).total_seconds() if self._due_at else HEARTBEAT_S
+        return max(0.05, min(until_due_s, beat_at - time.monotonic()))
 
     def _tend(self, carry_out: Callable[[Ended], None]) -> None:
+        try:
+            incarnation.beat(self.node.database, self.node.incarnation)
+        except incarnation.NodeFenced as exc:
+            log.error(exc.message)
+            os.kill(os.getpid(), signal.SIGTERM)  # no more jobs; what it had is other nodes' by now
+            raise
         embedded.ensure(self.node.settings)
-        incarnation.beat(self.node.database, self.node.incarnation)
         self.guests.tend()
+        leftovers.sweep(self.node, self.guests)
         carry_out(self.node.ledger.overdue())
         carry_out(Ended(self.node.ledger.forgotten(FORGOTTEN_AFTER)))
+        self._pruner.tend()
+        self._patrol.beat()
+        self.wake_at(self._next_due_at())  # whoever was to tell may have lost its database in that very moment
 
     def close(self) -> None:
         """End this incarnation. Every guest runs on."""

@@ -5,8 +5,20 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from hostler.hidden import without_secrets
 from hostler.payloads import InstanceView, NicView
 from models import Instance, Job, Runtime
+from worker.errors import UnknownInstance
+from worker.operations.context import NodeContext
+
+
+def view_of(node: NodeContext, name: str) -> InstanceView:
+    """The instance as this node knows it. Raises UnknownInstance, also for one that another node has."""
+    with node.database.reading() as session:
+        row = session.get(Instance, name)
+        if row is None or row.node != node.name:
+            raise UnknownInstance(name, node.name, row.node if row else None)
+        return instance_view(row)
 
 
 def instance_view(row: Instance) -> InstanceView:
@@ -21,12 +33,17 @@ def instance_view(row: Instance) -> InstanceView:
         "memory_mib": spec["memory_mib"],
         "vcpus": spec["vcpus"],
         "uid": runtime.uid if runtime else None,
-        "nics": [_nic_view(runtime, index, nic) for index, nic in enumerate(spec["nics"])],
+        "nics": [_nic_view(runtime, nic) for nic in spec["nics"]],
         "disks": spec["disks"],
         "tags": spec["tags"],
         "started_at": iso(runtime.started_at) if runtime else None,
         "ended_at": iso(row.ended_at),
         "reason": row.reason,
+        "wanted": row.wanted,
+        "autostart": spec.get("autostart", False),
+        "restart_policy": spec.get("restart_policy", "never"),
+        "restarts": row.restarts,
+        "restart_at": iso(row.restart_at),
         "qemu_version": runtime.qemu_version if runtime else None,
         "machine": runtime.machine if runtime else None,
         "accelerator": runtime.accelerator if runtime else None,
@@ -35,10 +52,11 @@ def instance_view(row: Instance) -> InstanceView:
     }
 
 
-def _nic_view(runtime: Runtime | None, index: int, nic: dict[str, str]) -> NicView:
+def _nic_view(runtime: Runtime | None, nic: dict[str, Any]) -> NicView:
     taps = runtime.taps if runtime else []
-    tap = next((tap["name"] for tap in taps if tap["index"] == index), "")
-    return {"mac": nic["mac"], "mode": nic["mode"], "link": nic["link"], "ip": nic["ip"], "tap": tap}
+    tap = next((tap["name"] for tap in taps if tap["mac"] == nic["mac"]), "")
+    vlan = nic.get("vlan", 0)
+    return {"mac": nic["mac"], "mode": nic["mode"], "link": nic["link"], "ip": nic["ip"], "vlan": vlan, "tap": tap}
 
 
 def job_view(row: Job, *, whole: bool) -> dict[str, Any]:
@@ -61,7 +79,7 @@ def job_view(row: Job, *, whole: bool) -> dict[str, Any]:
         "finished_at": iso(row.finished_at),
     }
     if whole:
-        view |= {"arguments": row.arguments, "result": row.result, "phases": row.phases}
+        view |= {"arguments": without_secrets(row.arguments), "result": row.result, "phases": row.phases}
     return view
 
 

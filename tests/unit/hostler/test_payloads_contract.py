@@ -39,11 +39,22 @@ TASKS: dict[str, dict[str, Any]] = {
     "instance.cleanup": {"name": REQUIRED},
     "instance.info": {"name": REQUIRED},
     "instance.list": {},
-    "instance.console": {"name": REQUIRED},
+    "instance.console": {"name": REQUIRED, "kind": None},
     "instance.check": {"instance": REQUIRED},
+    "instance.migrate": {"name": REQUIRED, "target": REQUIRED, "live": True},
+    "instance.migrate_cancel": {"name": REQUIRED},
+    "migration.info": {"name": REQUIRED, "target": REQUIRED, "live": True},
+    "migration.accept": {"info": REQUIRED},
+    "migration.run": {"name": REQUIRED, "accepted": REQUIRED},
+    "migration.finalize": {"migration_id": REQUIRED, "success": True},
     "node.info": {},
+    "node.verify": {},
+    "node.powercycle": {"confirm": REQUIRED},
 }
-EXAMPLES: dict[str, Any] = {"instance": WEB1, "name": "web1"}
+EXAMPLES: dict[str, Any] = {
+    **{"instance": WEB1, "name": "web1", "confirm": "n1", "target": "n2", "migration_id": "j1"},
+    **{name: {"migration_id": "j1"} for name in ("info", "accepted")},
+}
 
 
 def arguments_of(task: str) -> dict[str, Any]:
@@ -127,22 +138,66 @@ def test_an_instance_has_the_contracts_fields_and_defaults() -> None:
         "memory_mib": 64,
         "vcpus": 1,
         "disks": [{"path": "/disk", "mode": "rw", "shared": False, "format": "raw"}],
-        "nics": [{"mac": "52:54:00:12:34:56", "mode": "user", "link": "", "ip": ""}],
+        "nics": [{"mac": "52:54:00:12:34:56", "mode": "user", "link": "", "ip": "", "vlan": 0}],
         "tags": [],
         "network_port": None,
+        **{"autostart": False, "restart_policy": "never", "restart_max": 5, "restart_delay_s": 5},
+        "placement": None,
     }
     assert hvparams == HvParams().model_dump()
 
 
-def test_the_parameters_keep_ganetis_names_and_their_defaults() -> None:
-    assert (
-        HvParams().model_dump().items()
-        >= {
-            **{"initrd_path": "", "root_path": "/dev/vda1", "kernel_args": "ro", "acpi": True, "serial_console": True},
-            **{"boot_order": "disk", "cdrom_image_path": "", "nic_type": "paravirtual", "disk_type": "paravirtual"},
-            **{"disk_cache": "default", "kvm_flag": "", "use_localtime": False},
-        }.items()
-    )
+GANETI_DEFAULTS: dict[str, Any] = {
+    **{"initrd_path": "", "root_path": "/dev/vda1", "kernel_args": "ro", "acpi": True, "serial_console": True},
+    **{"vnc_bind_address": "", "vnc_tls": False, "vnc_x509_path": "", "vnc_x509_verify": False},
+    **{"vnc_password_file": "", "floppy_image_path": "", "cdrom_image_path": "", "cdrom2_image_path": ""},
+    **{"boot_order": "disk", "nic_type": "paravirtual", "disk_type": "paravirtual", "cdrom_disk_type": ""},
+    **{"usb_mouse": "", "migration_mode": "live", "use_localtime": False, "disk_cache": "default"},
+    **{"security_model": "none", "security_domain": "", "kvm_flag": "", "vhost_net": False, "use_chroot": False},
+    "mem_path": "",
+}
+CHANGED_DEFAULTS = {"kernel_path": "", "migration_port": 0, "migration_bandwidth": 1024, "migration_downtime": 300}
+
+
+def test_the_31_parameters_keep_ganetis_names_and_their_defaults_but_four_that_make_no_sense_today() -> None:
+    assert len(GANETI_DEFAULTS | CHANGED_DEFAULTS) == 31
+    assert HvParams().model_dump().items() >= (GANETI_DEFAULTS | CHANGED_DEFAULTS).items()
+    for name in CHANGED_DEFAULTS:
+        assert "(was " in str(HvParams.model_fields[name].description), name
+
+
+GANETI_CHOICES: dict[str, set[str]] = {
+    "boot_order": {"floppy", "cdrom", "disk", "network"},
+    "nic_type": {
+        *["rtl8139", "ne2k_pci", "ne2k_isa", "i82551", "i82557b", "i82559er", "pcnet", "e1000", "paravirtual"]
+    },
+    "disk_type": {"paravirtual", "ide", "scsi", "sd", "mtd", "pflash"},
+    "cdrom_disk_type": {"", "paravirtual", "ide", "scsi", "sd", "mtd", "pflash"},
+    "usb_mouse": {"", "mouse", "tablet"},
+    "migration_mode": {"live", "non-live"},
+    "disk_cache": {"default", "none", "writethrough", "writeback"},
+    "security_model": {"none", "user", "pool"},
+    "kvm_flag": {"", "enabled", "disabled"},
+}
+
+
+@pytest.mark.parametrize("name", GANETI_CHOICES)
+def test_what_ganeti_let_one_choose_can_be_chosen(name: str) -> None:
+    needed = {"cdrom": {"cdrom_image_path": "/cd.iso"}, "user": {"security_domain": "guest"}}
+    for choice in GANETI_CHOICES[name]:
+        assert getattr(parse(HvParams, {name: choice} | needed.get(choice, {})), name) == choice
+
+
+def test_w33_the_last_port_is_one_and_w34_limits_are_above_zero() -> None:
+    assert parse(HvParams, {"migration_port": 65535}).migration_port == 65535
+    for name in ("migration_bandwidth", "migration_downtime"):
+        assert parse(HvParams, {name: 1})
+        assert set(refused(HvParams, {name: 0})) == {name}
+
+
+def test_w32_an_address_of_a_display_is_an_ip_of_either_kind_in_its_shortest_form_or_a_path() -> None:
+    for given, kept in (("0.0.0.0", "0.0.0.0"), ("2001:DB8:0::7", "2001:db8::7"), ("/run/vnc", "/run/vnc"), ("", "")):
+        assert parse(HvParams, {"vnc_bind_address": given}).vnc_bind_address == kept
 
 
 def test_queues_and_workers_are_named_after_their_node() -> None:
@@ -227,17 +282,47 @@ BAD_INSTANCES: list[tuple[dict[str, Any], str]] = [
     *((instance(hvparams=value), "hvparams") for value in (None, [], "acpi")),
     (instance(cpus=1), "cpus"),
 ]
+PATHS = [
+    *("kernel_path", "initrd_path", "floppy_image_path", "cdrom_image_path", "cdrom2_image_path", "mem_path"),
+    *("cloud_init_image_path", "uefi_code_path", "uefi_vars_path", "uefi_vars_template_path"),
+    "cloud_init_user_data_path",
+    *("vnc_x509_path", "vnc_password_file", "spice_x509_path", "spice_password_file"),
+]
+SEED_TEXTS = ("cloud_init_user_data", "cloud_init_network_config")
 BAD_HVPARAMS: list[tuple[dict[str, Any], str]] = [
-    *(({name: "relative"}, name) for name in ("kernel_path", "initrd_path", "cdrom_image_path")),
-    *(({name: "/a/../b"}, name) for name in ("kernel_path", "initrd_path", "cdrom_image_path")),
+    *(({name: "relative"}, name) for name in PATHS),
+    *(({name: "/a/../b"}, name) for name in PATHS),
     *(({name: "two\nlines"}, name) for name in ("kernel_path", "initrd_path", "root_path", "kernel_args")),
     *(({name: None}, name) for name in HvParams.model_fields),
-    *(({name: 1}, name) for name in HvParams.model_fields),
-    *(({name: "yes"}, name) for name in ("acpi", "serial_console", "use_localtime")),
-    *(({"boot_order": value}, "boot_order") for value in ("", "floppy", "Disk", "c")),
-    *(({"disk_type": value}, "disk_type") for value in ("", "virtio", "sd", "pflash")),
+    *(({name: 1}, name) for name, field in HvParams.model_fields.items() if field.annotation is not int),
+    *(({name: "1"}, name) for name, field in HvParams.model_fields.items() if field.annotation is int),
+    *(({name: True}, name) for name, field in HvParams.model_fields.items() if field.annotation is int),
+    *(({name: "yes"}, name) for name, field in HvParams.model_fields.items() if field.annotation is bool),
+    *(({"boot_order": value}, "boot_order") for value in ("", "Disk", "c")),
+    *(({"disk_type": value}, "disk_type") for value in ("", "virtio", "floppy")),
     *(({"nic_type": value}, "nic_type") for value in ("", "virtio", "e1000e")),
-    *(({"disk_cache": value}, "disk_cache") for value in ("", "unsafe", "directsync")),
+    *(({"disk_cache": value}, "disk_cache") for value in ("", "off")),
+    *(({name: "eth0"}, name) for name in ("vnc_bind_address", "spice_bind")),
+    *(({"vnc_bind_address": value}, "vnc_bind_address") for value in ("fe80::1%eth0", "::1,tls", "1.2.3", "/a/../b")),
+    *(({"migration_port": value}, "migration_port") for value in (-1, 65536)),
+    *(({"migration_bandwidth": value}, "migration_bandwidth") for value in (0, -1)),
+    *(({"migration_downtime": value}, "migration_downtime") for value in (0, -1)),
+    *(({"migration_caps": value}, "migration_caps") for value in (":", "a:", ":a", "a b", "a,b", "A", "-a", "a--b")),
+    *(({"cpu_features": [value]}, "cpu_features[0]") for value in ("vmx", "+", "+vmx,accel", "+a=b", 1)),
+    *(
+        ({"cpu_mask": value}, "cpu_mask")
+        for value in ("a", "1-", "0,,1", "0:", "0 1", "-1", "^0", "3-1", "0,^0", "0:1")
+    ),
+    *(({name: value}, name) for name in SEED_TEXTS for value in ("ü" * 32769, "a\0", "\ud800", ["secret"])),
+    *(({"cloud_init_meta_data": value}, "cloud_init_meta_data") for value in ("a: b", {"a": "ü" * 32769}, {"a": "\0"})),
+    ({"cloud_init_user_data": "a", "cloud_init_user_data_path": "/a"}, "cloud_init_user_data_path"),
+    ({"cloud_init_network_config": "a", "cloud_init_image_path": "/a"}, "cloud_init_image_path"),
+    *(({"usb_devices": [value]}, "usb_devices[0]") for value in ("disk", "host:1:2", "tablet,bus=usb.0", 1)),
+    *(({"kvm_extra": [value]}, "kvm_extra[0]") for value in ("", "a\nb", 1)),
+    *(({"cpu_threads": value}, "cpu_threads") for value in (-1, 4097)),
+    *(({"virtio_net_queues": value}, "virtio_net_queues") for value in (0, 257)),
+    *(({"serial_speed": value}, "serial_speed") for value in (0, 1200, "9600")),
+    *(({"soundhw": value}, "soundhw") for value in ("all", "ac97,hda")),
     *(({"kvm_flag": value}, "kvm_flag") for value in ("on", "Enabled")),
     *(({name: "pc,accel=kvm"}, name) for name in ("machine_version", "cpu_type")),
     *(({name: "x" * 129}, name) for name in ("machine_version", "cpu_type")),
@@ -306,10 +391,79 @@ def test_the_cross_checks_say_what_ganeti_said() -> None:
     assert refused(HvParams, {"kernel_path": "/k", "root_path": ""}) == {
         "root_path": "Need a root partition for the instance, if a kernel is defined"
     }
-    assert refused(HvParams, {"boot_order": "cdrom"}) == {
-        "cdrom_image_path": "Cannot boot from cdrom without an ISO path"
+    for cdrom2 in ({}, {"cdrom2_image_path": "/cd2.iso"}):
+        assert refused(HvParams, {"boot_order": "cdrom"} | cdrom2) == {
+            "cdrom_image_path": "Cannot boot from cdrom without an ISO path"
+        }
+    assert refused(HvParams, {"vnc_x509_verify": True}) == {
+        "vnc_x509_path": "vnc_x509_path must be defined, if vnc_x509_verify is"
     }
+    assert refused(HvParams, {"security_model": "user"}) == {
+        "security_domain": "A security domain (user to run kvm as) must be specified"
+    }
+    for model in ("none", "pool"):
+        assert refused(HvParams, {"security_model": model, "security_domain": "guest"}) == {
+            "security_domain": "Cannot have a security domain when the security model is 'none' or 'pool'"
+        }
+    assert parse(HvParams, {"boot_order": "floppy"}).floppy_image_path == ""
     assert refused(Instance, instance(name="n" * 300)) == {"name": "is 300 characters long; at most 255 are allowed"}
+
+
+CROSS_CHECKED: list[tuple[dict[str, Any], set[str]]] = [
+    ({"vnc_bind_address": "::1", "spice_bind": "::1"}, {"spice_bind"}),
+    ({"spice_use_tls": True}, {"spice_x509_path"}),
+    ({"spice_use_tls": True, "spice_x509_path": "/x", "spice_bind": "/run"}, {"spice_use_tls"}),
+    ({"cdrom_drive": True, "cdrom_disk_type": "paravirtual"}, {"cdrom_drive"}),
+    ({"cdrom2_drive": True, "cdrom_disk_type": "paravirtual"}, {"cdrom2_drive"}),
+    ({"memory_min_mib": 16}, {"balloon"}),
+    ({"memory_max_mib": 64}, {"balloon"}),
+    ({"disk_aio": "native"}, {"disk_cache"}),
+    ({"disk_aio": "native", "disk_cache": "writethrough"}, {"disk_cache"}),
+    ({"uefi_code_path": "/code.fd"}, {"uefi_vars_path"}),
+    ({"uefi_vars_path": "/vars.fd"}, {"uefi_code_path"}),
+    ({"uefi_vars_template_path": "/vars.fd"}, {"uefi_vars_path"}),
+    (
+        {
+            "kernel_path": "/k",
+            "root_path": "",
+            "boot_order": "cdrom",
+            "vnc_x509_verify": True,
+            "security_model": "user",
+        },
+        {"root_path", "cdrom_image_path", "vnc_x509_path", "security_domain"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "fields"), CROSS_CHECKED)
+def test_parameters_that_do_not_go_together_are_all_named_at_once(bad: dict[str, Any], fields: set[str]) -> None:
+    assert set(refused(HvParams, bad)) == fields
+    assert set(refused(payloads.StartArguments, {"instance": with_hv(**bad)})) == {
+        f"instance.hvparams.{field}" for field in fields
+    }
+
+
+def test_parameters_that_do_not_suit_the_instance_are_all_named_at_once() -> None:
+    def wrong(more: dict[str, Any], **hvparams: Any) -> set[str]:
+        return set(refused(payloads.StartArguments, {"instance": with_hv(**hvparams) | more}))
+
+    for display in ("vnc_bind_address", "spice_bind"):
+        for port in (None, 80, 5900):
+            assert wrong({"network_port": port}, **{display: "::1"}) == {"instance.network_port"}
+        assert parse(Instance, with_hv(**{display: "::1"}) | {"network_port": 5901}).network_port == 5901
+        assert parse(Instance, with_hv(**{display: "/run"})).network_port is None
+        assert wrong({"name": "n" * 105}, **{display: "/run"}) == {f"instance.hvparams.{display}"}
+    assert wrong({"vcpus": 4}, cpu_sockets=2, cpu_cores=4) == {"instance.hvparams.cpu_sockets"}
+    assert parse(Instance, with_hv(cpu_sockets=2, cpu_cores=4) | {"vcpus": 8}).vcpus == 8
+    bounds = {"balloon": True, "memory_min_mib": 16, "memory_max_mib": 64}
+    assert wrong({"memory_mib": 15}, **bounds) == {"instance.hvparams.memory_min_mib"}
+    assert wrong({"memory_mib": 65}, **bounds) == {"instance.hvparams.memory_max_mib"}
+    for memory_mib in (16, 64):
+        assert parse(Instance, with_hv(**bounds) | {"memory_mib": memory_mib}).memory_mib == memory_mib
+    assert wrong({"vcpus": 4}, cpu_threads=3, vnc_bind_address="::1") == {
+        "instance.hvparams.cpu_sockets",
+        "instance.network_port",
+    }
 
 
 @pytest.mark.parametrize("key", ["\0", "a\nb", "\ud800", "k" * 100_000, "", "a.b", "ключ"])

@@ -1,9 +1,9 @@
-"""The reporter: the newest report of each job, in order, and never in anybody's way."""
+"""The reporter: the newest report of each job, in order, never in anybody's way, and never for long over a result."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,9 @@ class Watched:
         self.entered, self.gate = threading.Event(), threading.Event()
         self.gate.set()
         self.failure: Exception | None = None
+        self.looked_at: list[set[str]] = []
+        self.left: list[Collection[str] | Exception] = []
+        """What the next looks at jobs in doubt leave, or raise; those after them leave none."""
         kind = type(self.app.backend)  # of which Celery makes one for each thread
         self._store = kind._store_result
 
@@ -44,6 +47,13 @@ class Watched:
         self._store(backend, job_id, result, state, *args, **kwargs)
         self.stored.append((job_id, state, result))
 
+    def restore(self, job_ids: Collection[str]) -> Collection[str]:
+        self.looked_at.append({*job_ids})
+        left = self.left.pop(0) if self.left else ()
+        if isinstance(left, Exception):
+            raise left
+        return left
+
     def hold(self) -> None:
         self.gate.clear()
         self.entered.clear()
@@ -51,6 +61,8 @@ class Watched:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    monkeypatch.setattr("tasks.reporting.LOOK_AFTER_S", 0.05)
+    monkeypatch.setattr("tasks.reporting.LOOK_AGAIN_S", 0.05)
     made = Watched(monkeypatch)
     yield made
     made.gate.set()
@@ -58,7 +70,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
 
 @pytest.fixture
 def reporter(watched: Watched) -> Iterator[Reporter]:
-    made = Reporter(watched.app, "hostler@n1")
+    made = Reporter(watched.app, "hostler@n1", watched.restore)
     yield made
     watched.gate.set()
     made.close()
@@ -163,3 +175,56 @@ def test_a_closed_reporter_says_nothing_more(watched: Watched, reporter: Reporte
     reporter.report(request("j1"), JobState.PROGRESS, meta(1))
     reporter.settle("j1")
     assert watched.stored == []
+
+
+# Reports that come late
+
+
+def test_jobs_that_were_reported_on_are_looked_at_afterwards_and_once(watched: Watched, reporter: Reporter) -> None:
+    for job_id in ("j1", "j2"):
+        reporter.report(request(job_id), JobState.PROGRESS, meta(1))
+    until(lambda: set().union(*watched.looked_at) == {"j1", "j2"})
+    reporter.report(request("j3"), JobState.PROGRESS, meta(1))
+    until(lambda: watched.looked_at[-1] == {"j3"})
+    assert [job_id for job_id, _, _ in watched.stored] == ["j1", "j2", "j3"]
+    assert sum(map(len, watched.looked_at)) == 3
+
+
+def test_a_job_is_looked_at_after_its_report_and_not_while_that_is_on_its_way(
+    watched: Watched, reporter: Reporter
+) -> None:
+    watched.hold()
+    reporter.report(request("late"), JobState.PROGRESS, meta(1))
+    assert watched.entered.wait(DEADLINE_S)
+    reporter.doubt(["other"])
+    watched.gate.set()
+    until(lambda: set().union(*watched.looked_at) == {"late", "other"})
+    assert [job_id for job_id, _, _ in watched.stored] == ["late"]
+
+
+def test_a_job_whose_report_failed_is_looked_at_too(watched: Watched, reporter: Reporter) -> None:
+    """It may have arrived, and only the answer got lost."""
+    watched.failure = ConnectionError("the backend is away")
+    reporter.report(request("j1"), JobState.PROGRESS, meta(1))
+    until(lambda: watched.looked_at == [{"j1"}])
+
+
+@pytest.mark.parametrize("left", [ConnectionError("the database is away"), ["j1"]], ids=["all", "some"])
+def test_what_could_not_be_looked_at_is_looked_at_again(watched: Watched, reporter: Reporter, left: Any) -> None:
+    watched.left = [left]
+    reporter.doubt(["j1"])
+    until(lambda: watched.looked_at == [{"j1"}] * 2)
+    reporter.doubt(["j2"])
+    until(lambda: watched.looked_at == [{"j1"}, {"j1"}, {"j2"}])
+
+
+def test_reports_go_on_while_the_database_is_away(
+    watched: Watched, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.reporting.LOOK_AGAIN_S", 2 * DEADLINE_S)
+    watched.left = [ConnectionError("the database is away")]
+    reporter.doubt(["j1"])
+    until(lambda: watched.looked_at)
+    reporter.report(request("j2"), JobState.PROGRESS, meta(1))
+    until(lambda: watched.stored)
+    assert watched.looked_at == [{"j1"}]

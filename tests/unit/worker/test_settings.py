@@ -50,6 +50,8 @@ def test_without_any_setting_everything_is_embedded_below_the_state_folder(load:
     assert chosen.effective_database_url == f"sqlite+pysqlite:///{chosen.state_dir}/hostler.sqlite"
     assert chosen.migration_ports == (49152, 49215)
     assert chosen.log_format == ""
+    assert (chosen.migration_tls, chosen.migration_tls_dir) == ("allowed", "")
+    assert (chosen.limit_migrations, chosen.limit_incoming) == (2, 2)
     if os.geteuid() == 0:
         assert (chosen.state_dir, chosen.run_dir) == (Path("/var/lib/hostler"), Path("/run/hostler"))
 
@@ -135,6 +137,9 @@ def test_results_go_to_the_redis_that_is_the_broker_else_to_the_embedded_one(
             ("HOSTLER_MIGRATION_PORTS", value, "is not a port range")
             for value in ("50000", "2-1", "0-5", "1-65536", "a-b", "1-2-3", "[1,2]")
         ),
+        *(("HOSTLER_MIGRATION_TLS", value, "") for value in ("on", "Required", "1")),
+        ("HOSTLER_MIGRATION_TLS_DIR", "tls", "is not an absolute path"),
+        *((f"HOSTLER_LIMIT_{of}", value, "") for of in ("MIGRATIONS", "INCOMING") for value in ("0", "-1", "some")),
         *(("HOSTLER_LOG_FORMAT", value, "") for value in ("JSON", "text")),
         *(("HOSTLER_QEMU_TIMEOUT_S", value, "") for value in ("0", "-1", "601", "soon", "nan")),
         *(("HOSTLER_CONCURRENCY", value, "") for value in ("0", "1025", "1.5", "many")),

@@ -10,6 +10,7 @@ import os
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from pydantic import ValidationError
 
 from hostler.hvparams import HvParams
 from hostler.payloads import Disk, Nic
@@ -27,9 +28,16 @@ from tests.unit.worker.kvm.golden_cases import (
     to_argv,
     to_text,
 )
-from worker.kvm.arguments import render
+from worker.kvm.arguments import pci_devices, render
+from worker.operations.hardware import PCI_SLOTS, UNSUPPORTED
 
 VALUES = [case.instance for case in CASES.values()]
+FOR_MOVING = {"migration_port", "migration_bandwidth", "migration_downtime", "migration_mode", "migration_caps"}
+NOT_IN_THE_LINE = {
+    *("uefi_vars_template_path", "cpu_mask", "security_model", "security_domain", "use_chroot"),
+    *FOR_MOVING,
+}
+REFUSED_ON_EVERY_NODE = {"sd", "mtd", "pflash"}
 
 
 def options_of(case: Case, name: str) -> list[Any]:
@@ -63,12 +71,18 @@ def _choices(model: Any, field: str) -> list[Any]:
     return list(get_args(annotation)) if get_origin(annotation) is Literal else []
 
 
-@pytest.mark.parametrize("field", HvParams.model_fields)
+@pytest.mark.parametrize("field", [name for name in HvParams.model_fields if name not in NOT_IN_THE_LINE])
 def test_every_value_of_every_parameter_is_in_some_golden_file(field: str) -> None:
-    used = {getattr(instance.hvparams, field) for instance in VALUES}
-    default = HvParams.model_fields[field].default
-    assert used >= {default, *_choices(HvParams, field)}
+    used = {str(getattr(instance.hvparams, field)) for instance in VALUES}
+    default = HvParams.model_fields[field].get_default(call_default_factory=True)
+    assert used >= {str(default), *map(str, _choices(HvParams, field))} - REFUSED_ON_EVERY_NODE
     assert len(used) > 1, "only its default"
+
+
+@pytest.mark.parametrize("field", sorted(NOT_IN_THE_LINE))
+def test_what_is_not_in_the_line_is_refused_on_every_node_or_done_before_or_told_when_it_moves(field: str) -> None:
+    refused = {name for name, _, _ in UNSUPPORTED} | {"security_domain"}  # that one only with security_model
+    assert field in refused | FOR_MOVING | {"uefi_vars_template_path", "cpu_mask"}
 
 
 @pytest.mark.parametrize(("model", "of"), [(Disk, "disks"), (Nic, "nics")])
@@ -97,9 +111,15 @@ def test_w26_one_device_boots_first_and_none_when_a_kernel_is_given() -> None:
     for name, case in CASES.items():
         devices = options_of(case, "-device")
         first = [device["driver"] for device in devices if "bootindex" in device]
+        first += [value for value in options_of(case, "-global") if "bootindex" in value]
         assert len(first) <= 1, name
         assert not (first and case.instance.hvparams.kernel_path), name
         assert "-boot" not in dict(case.options), name
+
+
+def test_from_a_floppy_the_firmware_boots_by_its_controllers_word() -> None:
+    assert options_of(CASES["boot-floppy"], "-global") == ["isa-fdc.bootindexA=1"]
+    assert not options_of(CASES["boot-floppy-without-image"], "-global") + options_of(CASES["floppy"], "-global")
 
 
 @pytest.mark.parametrize(("order", "drives"), [("disk", "disk0"), ("cdrom", "cdrom0"), ("network", "netdev0")])
@@ -121,7 +141,7 @@ def test_ids_are_unique_and_every_drive_and_netdev_belongs_to_one_device() -> No
         ids = [device["id"] for device in options_of(case, "-device")]
         assert len(ids) == len(set(ids)), name
         used = [device.get("drive") or device.get("netdev") for device in options_of(case, "-device")]
-        made = [node["node-name"] for node in options_of(case, "-blockdev")]
+        made = [node["node-name"] for node in options_of(case, "-blockdev") if "uefi" not in node["node-name"]]
         made += [netdev["id"] for netdev in options_of(case, "-netdev")]
         assert sorted(filter(None, used)) == sorted(made), name
 
@@ -141,6 +161,46 @@ def test_a_user_card_needs_no_descriptor_and_a_tap_gets_its_own() -> None:
         {"type": "tap", "id": "netdev1", "fd": "21"},
         {"type": "tap", "id": "netdev2", "fd": "22"},
     ]
+
+
+def test_w27_no_option_that_newer_emulators_dropped() -> None:
+    dropped = {*("-no-acpi", "-disable-kvm", "-enable-kvm", "-nographic", "-localtime", "-usbdevice", "-soundhw")}
+    dropped |= {*("-drive", "-chroot", "-runas", "-daemonize", "-mem-path", "-usb", "-net")}
+    for name, case in CASES.items():
+        assert not dropped & {option for option, _ in case.options}, name
+
+
+def test_w21_an_address_without_a_port_is_refused_and_a_password_never_asked_for_without_a_display() -> None:
+    with pytest.raises(ValidationError, match="network_port: a display"):
+        assert Case({}, {"vnc_bind_address": "127.0.0.1"}).instance
+    with pytest.raises(ValidationError, match="network_port: a display"):
+        assert Case({"network_port": 5900}, {"vnc_bind_address": "::1"}).instance
+    assert not options_of(CASES["vnc-options-without-vnc"], "-object")
+
+
+def test_w22_a_password_is_a_descriptor_and_its_file_is_nowhere_in_the_line() -> None:
+    for name in ("vnc-password", "vnc-password-tls-x509", "spice-password"):
+        argv = render(BINARY, CASES[name].options)
+        assert f"{PLACE}/password" not in " ".join(argv)
+        assert any("password-secret=" in word for word in argv)
+
+
+def test_switching_a_device_on_moves_no_disk_or_card_to_another_slot() -> None:
+    more = {"vga": "std", "usb_mouse": "tablet", "soundhw": "ac97", "balloon": True, "guest_agent": True}
+    guest = disks("disk0") | nics("user")
+    plain, full = (options_of(Case(guest, hvparams), "-device") for hvparams in ({}, more))
+    assert full[: len(plain)] == plain
+    assert len(full) > len(plain) + len(more)
+
+
+def test_what_has_a_bus_of_its_own_takes_no_pci_slot() -> None:
+    def slots(name: str) -> int:
+        return pci_devices(CASES[name].options)
+
+    assert [slots(name) for name in ("defaults", "disk-ide", "disks-scsi-7", "floppy-q35")] == [0, 0, 1, 1]
+    assert [slots(name) for name in ("disks-paravirtual-24", "nics-8", "nics-ne2k_isa-4")] == [24, 8, 0]
+    assert [slots(name) for name in ("vnc", "spice", "sound-hda", "sound-sb16")] == [2, 3, 1, 0]
+    assert max(map(slots, CASES)) <= PCI_SLOTS
 
 
 def test_no_path_or_name_but_the_guests_own_shows_up_in_the_line() -> None:

@@ -15,13 +15,14 @@ import pytest
 
 from hostler.payloads import Nic
 from tests.nodes import until
+from tests.unit.worker.network.hosts import Host, host, tools
 from worker.errors import NetworkFailed
-from worker.network import scripts
+from worker.network import links
 from worker.network.scripts import environment, run, shipped
 
 MAC = "52:54:00:12:34:56"
 BASE = {
-    "PATH": scripts.SEARCH_PATH,
+    "PATH": links.SEARCH_PATH,
     "INSTANCE": "web1",
     "MAC": MAC,
     "INTERFACE": "tap0",
@@ -29,6 +30,8 @@ BASE = {
     "TAGS": "",
 }
 Script = Callable[[str], Path]
+
+__all__ = ["host"]
 
 
 @pytest.fixture
@@ -58,9 +61,26 @@ def script(tmp_path: Path) -> Script:
             Nic(mac=MAC, mode="routed", link="100", ip="2001:db8::7"),
             {"MODE": "routed", "LINK": "100", "IP": "2001:db8::7"},
         ),
+        (
+            Nic(mac=MAC, mode="bridged", link="br0", vlan=7),
+            {"MODE": "bridged", "LINK": "br0", "BRIDGE": "br0", "VLAN": "7"},
+        ),
+        (
+            Nic(mac=MAC, mode="openvswitch", link="ovs0", vlan=4094),
+            {"MODE": "openvswitch", "LINK": "ovs0", "VLAN": "4094"},
+        ),
+        (
+            Nic(mac=MAC, mode="bridged", link="br9000"),
+            {"MODE": "bridged", "LINK": "br9000", "BRIDGE": "br9000", "MTU": "9000"},
+        ),
+        (Nic(mac=MAC, mode="openvswitch", link="br9000"), {"MODE": "openvswitch", "LINK": "br9000", "MTU": "9000"}),
+        (Nic(mac=MAC, mode="routed", link="br9000"), {"MODE": "routed", "LINK": "br9000"}),
     ],
 )
-def test_a_script_is_told_all_about_its_card_and_nothing_that_does_not_apply(nic: Nic, told: dict[str, str]) -> None:
+def test_a_script_is_told_all_about_its_card_and_nothing_that_does_not_apply(
+    nic: Nic, told: dict[str, str], host: Host
+) -> None:
+    host.has("br9000", mtu="9000")
     assert environment("web1", [], 0, nic, "tap0") == BASE | told
 
 
@@ -195,3 +215,77 @@ def test_the_shipped_ifup_says_what_is_wrong_with_a_bridge_that_is_not_there() -
 
 def test_the_shipped_ifdown_has_nothing_to_do_when_the_tap_is_gone() -> None:
     run(shipped("ifdown"), "hst-no-such", BASE | {"MODE": "bridged", "LINK": "br0", "BRIDGE": "br0"})
+
+
+def ran(name: str, tmp_path: Path, nic: Nic, instance: str = "web1", **answers: str) -> list[str]:
+    """The commands that a shipped script runs for a card, instead of which only ``answers`` are given."""
+    env = environment(instance, [], 0, nic, "hst-no-such") | {"PATH": f"{tools(tmp_path, **answers)}:/usr/bin:/bin"}
+    run(shipped(name), "hst-no-such", env)
+    commands = tmp_path / "commands"
+    return commands.read_text().splitlines() if commands.exists() else []
+
+
+OVS = Nic(mac=MAC, mode="openvswitch", link="ovs0")
+
+
+def test_ifup_makes_a_port_of_open_vswitch_in_one_transaction_that_replaces_what_an_earlier_tap_left(
+    tmp_path: Path, host: Host
+) -> None:
+    assert ran("ifup", tmp_path, OVS, "1.example.org") == [
+        "ovs-vsctl --timeout=10 -- --if-exists del-port hst-no-such -- add-port ovs0 hst-no-such tag=0 "
+        '-- set Interface hst-no-such external-ids:hostler="1.example.org"',
+        "ip link set dev hst-no-such up",
+    ]
+
+
+def test_ifup_tags_a_port_of_open_vswitch_and_gives_the_tap_the_bridges_mtu(tmp_path: Path, host: Host) -> None:
+    host.has("ovs0", mtu="9000")
+    mtu, port, up = ran("ifup", tmp_path, OVS.model_copy(update={"vlan": 12}))
+    assert (mtu, up) == ("ip link set dev hst-no-such mtu 9000", "ip link set dev hst-no-such up")
+    assert " -- add-port ovs0 hst-no-such tag=12 -- " in port
+
+
+@pytest.mark.parametrize("owner", ['"web1"', "web1"])
+def test_ifdown_removes_the_guests_port_of_open_vswitch_though_the_tap_is_gone(tmp_path: Path, owner: str) -> None:
+    assert ran("ifdown", tmp_path, OVS, ovs_vsctl=owner) == [
+        "ovs-vsctl --timeout=10 --if-exists get Interface hst-no-such external-ids:hostler",
+        "ovs-vsctl --timeout=10 --if-exists del-port hst-no-such",
+    ]
+
+
+@pytest.mark.parametrize("owner", ["web2", "", "[]"])
+def test_ifdown_leaves_a_port_of_open_vswitch_that_is_not_the_guests(tmp_path: Path, owner: str) -> None:
+    assert len(ran("ifdown", tmp_path, OVS, ovs_vsctl=owner)) == 1
+
+
+def test_an_open_vswitch_that_does_not_answer_makes_ifdown_fail(tmp_path: Path) -> None:
+    with pytest.raises(NetworkFailed, match=r"exit code 3"):
+        ran("ifdown", tmp_path, OVS, ovs_vsctl="!3")
+
+
+@pytest.mark.parametrize("own", ["1", "0", "7"])
+def test_ifup_puts_a_bridge_s_port_into_its_vlan_alone_before_it_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    """Which VLAN is the bridge's own is read from /sys: ``cat`` answers here instead."""
+    monkeypatch.setattr(links, "INTERFACES", tmp_path)
+    commands = ran("ifup", tmp_path, Nic(mac=MAC, mode="bridged", link="br0", vlan=7), cat=own)
+    assert commands == [
+        "ip link set dev hst-no-such master br0",
+        "cat /sys/class/net/br0/bridge/default_pvid",
+        *([f"bridge vlan del dev hst-no-such vid {own}"] if own != "0" else []),
+        "bridge vlan add dev hst-no-such vid 7 pvid untagged",
+        "ip link set dev hst-no-such up",
+    ]
+
+
+@pytest.mark.parametrize(("link", "table"), [("", ""), ("100", " table 100")])
+def test_ifup_gives_a_routed_card_a_route_and_an_ipv6_guest_a_gateway(
+    tmp_path: Path, host: Host, link: str, table: str
+) -> None:
+    nic = Nic(mac=MAC, mode="routed", link=link, ip="2001:db8::7")
+    assert ran("ifup", tmp_path, nic) == [
+        "ip link set dev hst-no-such up",
+        "ip -6 address replace fe80::1/64 dev hst-no-such nodad",
+        f"ip -6 route replace 2001:db8::7 dev hst-no-such{table}",
+    ]

@@ -79,6 +79,52 @@ def test_a_tap_carries_virtio_headers_only_where_that_was_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("tun")
+def test_each_queue_is_a_descriptor_of_the_one_tap_that_lives_as_long_as_one_is_open() -> None:
+    made = open_tap(queues=3)
+    try:
+        assert len({*made.fds}) == 3
+        for fd in made.fds:
+            assert (
+                struct.unpack("16sH22x", fcntl.ioctl(fd, TUNGETIFF, bytes(40)))[0].rstrip(b"\0") == made.name.encode()
+            )
+            assert flags(fd) & tap.IFF_MULTI_QUEUE
+            assert flags(fd) & tap.IFF_VNET_HDR
+            assert not os.get_inheritable(fd)
+        assert len([*Path("/sys/class/net", made.name, "queues").glob("rx-*")]) == 3
+    finally:
+        made.close()
+    assert not Path("/sys/class/net", made.name).exists()
+
+
+@pytest.mark.usefixtures("tun")
+def test_a_tap_of_one_queue_is_none_of_many() -> None:
+    made = open_tap()
+    try:
+        assert made.fds == (made.fd,)
+        assert not flags(made.fd) & tap.IFF_MULTI_QUEUE
+    finally:
+        made.close()
+
+
+@pytest.mark.usefixtures("tun")
+def test_w13_a_queue_that_is_refused_leaves_no_tap_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = descriptors(), fcntl.ioctl
+
+    def ioctl(fd: int, number: int, argument: Any) -> Any:
+        if number == tap.TUNSETIFF and argument[0]:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        return real(fd, number, argument)
+
+    monkeypatch.setattr("worker.network.tap.fcntl.ioctl", ioctl)
+    with pytest.raises(
+        NetworkFailed, match=r"Failed to open another queue of the TAP device \w+: Argument list too long"
+    ):
+        open_tap(queues=2)
+    monkeypatch.undo()
+    assert descriptors() == before
+
+
+@pytest.mark.usefixtures("tun")
 def test_two_taps_are_two_devices() -> None:
     first, second = open_tap(), open_tap()
     try:
@@ -128,7 +174,7 @@ def test_w13_a_tap_that_is_refused_leaves_no_descriptor_behind(
 @pytest.mark.parametrize("path", ["/no/such/tun", "/dev/null/tun"])
 def test_a_host_without_taps_is_told_so(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.setattr(tap, "TUN_DEVICE", path)
-    with pytest.raises(NetworkFailed, match=f"Failed to open {path}: .*bridged and routed cards need it"):
+    with pytest.raises(NetworkFailed, match=f"Failed to open {path}: .*only cards of mode user do without"):
         open_tap()
 
 

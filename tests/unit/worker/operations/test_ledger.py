@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import func, select, update
 
-from models import Database, Job, utc_now
+from models import Database, Incarnation, Job, utc_now
 from tests.unit.worker.operations.ledgers import (
     DROP,
     RUN,
@@ -22,7 +22,8 @@ from tests.unit.worker.operations.ledgers import (
     succeed,
     wait,
 )
-from worker.operations.receipts import Decision, Verdict, is_job_id
+from worker.operations.ledger import LAST_MOMENTS, UNHEARD_MAX
+from worker.operations.receipts import Decision, Receipt, Verdict, is_job_id
 
 ERROR = {"code": "NOT_RUNNING", "message": "web1 is not running", "details": {"retryable": False}}
 LONG_AGO = timedelta(hours=1)
@@ -231,7 +232,18 @@ def test_a_phase_is_recorded_with_its_time_and_all_phases_are_kept(database: Dat
     times = [entry["at"] for entry in job.phases]
     assert times == sorted(times)
     assert all(at.endswith("+00:00") for at in times)
-    assert ledger.phases_of("j1") == ["validate", "claim", "spawn"]
+    assert ledger.last_phase_of("j1") == ("spawn", datetime.fromisoformat(times[-1]))
+
+
+def test_what_was_decided_about_a_job_is_in_its_history_and_is_no_phase(database: Database) -> None:
+    ledger = ledger_of(database)
+    ledger.receive(receipt("j1"))
+    ledger.advance("j1", "spawn", 45, "starting QEMU")
+    ledger.note("j1", "begun anew")
+    job = row(database, "j1")
+    assert (job.state, job.phase, job.percent, job.message) == ("PROGRESS", "spawn", 45, "begun anew")
+    assert [entry["phase"] for entry in job.phases] == ["spawn", "recover"]
+    assert ledger.last_phase_of("j1")[0] == "spawn"
 
 
 def test_the_percentage_never_falls(database: Database) -> None:
@@ -271,7 +283,7 @@ def test_a_job_that_is_not_in_the_ledger_cannot_advance_or_end(database: Databas
         succeed(ledger, "j1")
     with pytest.raises(LookupError, match="job j1 is not in the ledger"):
         fail(ledger, "j1", ERROR)
-    assert ledger.phases_of("j1") == []
+    assert ledger.last_phase_of("j1") == ("received", None)
     assert jobs(database) == 0
 
 
@@ -288,7 +300,7 @@ def test_the_next_worker_takes_over_what_its_predecessor_held_with_phases_and_lo
     assert locks(database) == {"web1": "j1", "web2": "j2"}
     assert heir.receive(receipt("newcomer")) == wait("j1", "parked")
     assert heir.receive(again(taken[0])) == Decision(Verdict.RUN, attempt=2)
-    assert heir.phases_of("j1") == ["spawn"]
+    assert heir.last_phase_of("j1")[0] == "spawn"
     job = row(database, "j1")
     assert (job.state, job.attempts, job.percent) == ("STARTED", 2, 45)
     handed_on = succeed(heir, "j1")
@@ -313,6 +325,32 @@ def test_a_job_that_was_handed_the_instance_and_never_woken_is_taken_over_too(da
     heir = ledger_of(database)
     assert ids(heir.take_over()) == ["j2"]
     assert heir.receive(receipt("j2")) == RUN
+
+
+def test_the_next_worker_is_named_all_that_ended_in_the_last_moments_of_the_one_before(database: Database) -> None:
+    """Also what was revoked before it began, which names no worker: on whichever node, as a child of what failed."""
+    n1, n2 = ledger_of(database), ledger_of(database, "n2")
+    for job_id in ("done", "waiting", "running"):
+        n1.receive(receipt(job_id))
+    n2.receive(Receipt("child", "instance.list", {}, None, after=("waiting",)))
+    n2.receive(receipt("of-n2", "web2"))
+    assert n1.cancel("waiting", "not needed")[1].revoked == ["child"]
+    n1.cancel("not-received", "not needed")
+    succeed(n1, "done")
+    succeed(n2, "of-n2")
+    assert sorted(ledger_of(database).unpublished()) == ["child", "done", "not-received", "waiting"]
+
+
+def test_what_ended_long_before_the_death_of_a_worker_or_after_it_is_not_named(database: Database) -> None:
+    ledger = ledger_of(database)
+    for job_id in ("done", "waiting"):
+        ledger.receive(receipt(job_id))
+    ledger.cancel("waiting", "not needed")
+    succeed(ledger, "done")
+    for died_at, named in ((utc_now() + 2 * LAST_MOMENTS, []), (utc_now() - 2 * UNHEARD_MAX, ["done"])):
+        with database.transaction() as session:
+            session.execute(update(Incarnation).values(heartbeat_at=died_at))
+        assert ledger_of(database).unpublished() == named
 
 
 def test_a_worker_takes_over_nothing_of_another_node(database: Database) -> None:

@@ -341,3 +341,23 @@ def test_eight_threads_never_exceed_a_limit_and_every_job_runs(database: Databas
             carry_out(by_id[wakeup.job_id])
     assert {row(database, job.job_id).state for job in jobs} == {"SUCCESS"}
     assert 1 <= most <= 3
+
+
+def test_jobs_that_come_after_each_other_are_revoked_and_say_why(database: Database) -> None:
+    n1, n2 = ledger_of(database, "n1"), ledger_of(database, "n2")
+    n1.receive(child("a", "c", instance="web1"))
+    n2.receive(child("b", "a", instance="web2"))
+    decision = n1.receive(child("c", "b", "x", instance="web3"))
+    assert (decision.verdict, decision.message) == (Verdict.REVOKED, "it comes after a job that comes after it")
+    assert row(database, "c").state == "REVOKED"
+    for _ in range(2):
+        n1.overdue()
+        n2.overdue()
+    assert [row(database, name).state for name in "ab"] == ["REVOKED", "REVOKED"]
+
+
+def test_a_job_named_before_it_came_is_no_circle(database: Database) -> None:
+    ledger = ledger_of(database)
+    ledger.receive(child("second", "first", instance="web1"))
+    assert ledger.receive(child("first", "zero", instance="web2")).verdict is Verdict.WAIT
+    assert ledger.receive(receipt("zero", "web3")).verdict is Verdict.RUN

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Two nodes on one machine, for a look at live migration (docs/live-migration.md):
+#
+#     docs/two-nodes.sh n1 worker         in one terminal, first: it brings the broker and the database of both
+#     docs/two-nodes.sh n2 worker         in another one
+#     docs/two-nodes.sh n1 guest          in a third: a guest in 512 bytes, web1
+#     docs/two-nodes.sh n1 migrate web1 --to n2
+#
+# Whatever follows the node's name is a command of hostler's. All of it is below TWO_NODES, /tmp/hst-two unless set.
+set -eu
+node=${1:?usage: docs/two-nodes.sh n1|n2 guest|COMMAND...}
+shift
+cd "$(dirname "$0")/.."
+place=${TWO_NODES:-/tmp/hst-two}
+unset TWO_NODES
+export HOSTLER_NODE="$node" HOSTLER_STATE_DIR="$place/$node/state" HOSTLER_RUN_DIR="$place/$node/run"
+export HOSTLER_MIGRATION_ADDRESS=127.0.0.1
+export HOSTLER_BROKER_URL="redis+socket://$place/n1/state/broker/redis.sock?virtual_host=0"
+export HOSTLER_RESULT_BACKEND="$HOSTLER_BROKER_URL"
+export HOSTLER_DATABASE_URL="sqlite+pysqlite:///$place/n1/state/hostler.sqlite"
+if [ "$node" = n1 ]; then # its own defaults are just these, and a worker with defaults starts the broker
+    unset HOSTLER_BROKER_URL HOSTLER_RESULT_BACKEND HOSTLER_DATABASE_URL
+fi
+if [ "${1:-}" = guest ]; then
+    .venv/bin/python -c 'import sys; from pathlib import Path; from worker.kvm.tiny_guest import write_disk
+write_disk(Path(sys.argv[1]))' "$place/web1.raw"
+    cat >"$place/web1.yaml" <<YAML
+name: web1
+memory_mib: 128
+disks: [{path: "$place/web1.raw"}]
+hvparams: {disk_type: ide, serial_console: true}
+YAML
+    set -- start n1 "$place/web1.yaml"
+fi
+exec .venv/bin/python -m hostler "$@"
