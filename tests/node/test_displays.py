@@ -150,8 +150,8 @@ def test_a_variable_store_is_made_at_the_first_start_and_stays(n1: TestNode) -> 
     assert store.exists()
 
 
-def test_what_cannot_be_done_yet_is_unsupported_by_name_and_leaves_nothing(n1: TestNode) -> None:
-    hvparams = {"migration_port": 8102, "migration_bandwidth": 32}
+def test_what_no_machine_can_do_is_unsupported_by_name_and_leaves_nothing(n1: TestNode) -> None:
+    hvparams = {"disk_type": "sd", "cdrom_disk_type": "mtd"}
     failed = n1.failure("instance.start", instance=tiny_instance(n1.root, "later", hvparams=hvparams))
     assert failed.code == "UNSUPPORTED"
     fields = {f"instance.hvparams.{name}" for name in hvparams}
@@ -161,11 +161,11 @@ def test_what_cannot_be_done_yet_is_unsupported_by_name_and_leaves_nothing(n1: T
 
 
 def test_a_check_tells_what_is_wrong_what_cannot_be_done_and_what_is_worth_a_look_all_at_once(n1: TestNode) -> None:
-    hvparams = {"kernel_path": "/no/kernel", "migration_port": 8102, "disk_cache": "unsafe"}
+    hvparams = {"kernel_path": "/no/kernel", "disk_type": "sd", "disk_cache": "unsafe"}
     hvparams |= {"vnc_bind_address": "0.0.0.0", "vnc_password_file": "/no/password"}
     found = n1.do("instance.check", instance=tiny_instance(n1.root, hvparams=hvparams, network_port=5999, vcpus=4000))
     errors, warnings = ({each["field"].removeprefix("instance.hvparams.") for each in found[kind]} for kind in found)
-    assert errors == {"kernel_path", "vnc_password_file", "migration_port", "instance.vcpus"}
+    assert errors == {"kernel_path", "vnc_password_file", "disk_type", "instance.vcpus"}
     assert warnings == {"machine_version", "cpu_type", "disk_cache", "vnc_bind_address"}
     failed = n1.failure("instance.start", instance=tiny_instance(n1.root, hvparams=hvparams, network_port=5999))
     assert failed.code == "INVALID_ARGUMENT"
