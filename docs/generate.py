@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from docs import parity_table, recovery_page
 from hostler.contract import ErrorCode, InstanceState, JobState
-from hostler.hvchecks import CROSS_CHECKS
+from hostler.hvchecks import CROSS_CHECKS, LIMITS
 from hostler.hvparams import HvParams
 from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS, Disk, Instance, Nic
 from hostler.settings import PREFIX, Settings
@@ -26,7 +26,7 @@ REFERENCE = Path(__file__).with_name("reference.md")
 MEANINGS = {
     ErrorCode.INVALID_ARGUMENT: "An argument is wrong; details.errors lists every field with its reason. No effect.",
     ErrorCode.INSTANCE_BUSY: "Reserved: jobs of a busy instance wait.",
-    ErrorCode.MIGRATION_FAILED: "It came to nothing. details: node (where the guest is), state, phase, report.",
+    ErrorCode.MIGRATION_FAILED: "Nothing came of it. details: node (where the guest is), state, phase, migration_id, report.",
     ErrorCode.CANCELLED: "The job was revoked before it ran.",
     ErrorCode.NODE_UNAVAILABLE: "A node is drained, fenced or busy; the message says what makes it available.",
     ErrorCode.INTERNAL: "Something nobody foresaw; the worker's log has the traceback.",
@@ -78,6 +78,9 @@ def _hvparams() -> Iterator[str]:
     yield f"{', '.join(names)}, where the parameter or device is missing that they are about."
     yield from ("", "### What is understood and not possible yet", "", "Refused by the node as `UNSUPPORTED`.", "")
     yield from (f"- `{field}`: {reason}" for field, _, reason in UNSUPPORTED)
+    yield from (
+        f"- `{field}`: where the host has no control groups of version 2, as `hostler doctor` says" for field in LIMITS
+    )
 
 
 def _states() -> Iterator[str]:

@@ -270,6 +270,7 @@ ROWS["Command line"] = {
                   *golden("boot-disk", "boot-disk-ide"), f"{DISPLAYS}the_firmware_boots_from_a_disk_of_each_type",
                   why="`bootindex`, for IDE too"),
     "62": changed("Read-only disks", f"{LINE}.disks:disk_image worker.operations.checks:check",
+                  f"{BAD_INPUT}a_read_only_disk_is_refused_on_ide_and_never_open_for_writing_elsewhere",
                   *golden("disk-read-only", "disk-read-only-scsi"),
                   why="QEMU has them today; only IDE, which has not, is refused"),
     "63": changed("Cache modes; disks that other hosts see are not cached",
@@ -500,7 +501,7 @@ ROWS["Job executor and job queue"] = {
                    "unit/worker/operations/test_ledger_waiting.py::"
                    "test_places_go_to_the_more_urgent_first_and_else_in_order",
                    why="the next worker carries a job on that died with its worker, a running job can be cancelled, "
-                   "and no number of jobs is too large; there is no drain flag yet"),
+                   "and no number of jobs is too large; what the drain flag refused waits (`hostler hold`)"),
 }  # fmt: skip
 
 ROWS["Bugs"] = {

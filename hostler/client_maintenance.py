@@ -35,6 +35,16 @@ def _undrain(node: str, job_id: str | None = None) -> JobRequest:
     return request(TaskName.NODE_UNDRAIN, node, job_id)
 
 
+def _hold(node: str, reason: str = "", job_id: str | None = None) -> JobRequest:
+    """Let the node begin no more jobs that change its guests; they wait. Result: ``node``, ``held_at``, ``reason``."""
+    return request(TaskName.NODE_HOLD, node, job_id, reason=reason)
+
+
+def _unhold(node: str, job_id: str | None = None) -> JobRequest:
+    """Let the jobs go that the node held back. Result: ``node``, ``held_at`` (or None), how many ``jobs`` waited."""
+    return request(TaskName.NODE_UNHOLD, node, job_id)
+
+
 def _fence(node: str, dead: str, confirm: str, restart_on: Sequence[str] = (), job_id: str | None = None) -> JobRequest:
     """Have the living ``node`` write down that the node ``dead`` is off: its guests can be started elsewhere then.
 
@@ -54,5 +64,7 @@ class MaintenanceTasks:
 
     drain = Task(_drain)
     undrain = Task(_undrain)
+    hold = Task(_hold)
+    unhold = Task(_unhold)
     fence = Task(_fence)
     unfence = Task(_unfence)

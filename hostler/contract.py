@@ -69,6 +69,8 @@ class TaskName(StrEnum):
     NODE_POWERCYCLE = "node.powercycle"
     NODE_DRAIN = "node.drain"
     NODE_UNDRAIN = "node.undrain"
+    NODE_HOLD = "node.hold"
+    NODE_UNHOLD = "node.unhold"
     NODE_FENCE = "node.fence"
     NODE_UNFENCE = "node.unfence"
     JOB_LIST = "job.list"

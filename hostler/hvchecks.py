@@ -18,6 +18,9 @@ CROSS_CHECK = "cross_check"
 
 FIRST_DISPLAY_PORT = 5900
 SOCKET_PATH_MAX_BYTES = 107
+LIMITS = ("cgroup_memory_max_mib", "cgroup_cpu_max_percent", "cgroup_cpu_weight")
+QEMU_ITSELF_MIB = 64
+"""What a small QEMU has beside its guest's memory, at least; 30 to 50 MiB were seen of 7.2."""
 """sun_path of unix(7) is 108 bytes with its NUL."""
 
 SEED_PARTS = (
@@ -93,6 +96,13 @@ def _instance_problems(instance: Instance) -> Iterator[tuple[str, str]]:
         yield "hvparams.memory_min_mib", f"{hvparams.memory_min_mib} is more than memory_mib ({instance.memory_mib})"
     if 0 < hvparams.memory_max_mib < instance.memory_mib:
         yield "hvparams.memory_max_mib", f"{hvparams.memory_max_mib} is less than memory_mib ({instance.memory_mib})"
+    least_mib = max(instance.memory_mib, hvparams.memory_max_mib) + QEMU_ITSELF_MIB
+    if 0 < hvparams.cgroup_memory_max_mib < least_mib:
+        yield (
+            "hvparams.cgroup_memory_max_mib",
+            f"{hvparams.cgroup_memory_max_mib} is less than {least_mib}, the guest's memory and {QEMU_ITSELF_MIB} MiB "
+            "for QEMU itself, and the kernel kills a QEMU that needs more",
+        )
     if (lists := len(cpu_mask.split(hvparams.cpu_mask))) > 1 and lists != instance.vcpus:
         yield "hvparams.cpu_mask", f"has {lists} lists of processors for {instance.vcpus} vcpus; give each its own"
 

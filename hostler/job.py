@@ -19,7 +19,7 @@ from celery.exceptions import NotRegistered
 from hostler.contract import FINAL_JOB_STATES, ErrorCode, JobState, worker_name
 from hostler.errors import OperationFailed, ServiceUnreachable
 from hostler.following import Meta, backend_url, follow
-from hostler.outage import reaching, safe_url
+from hostler.outage import is_outage, reaching, safe_url
 
 __all__ = ["Job", "JobSnapshot", "failure", "follow_jobs", "reaching", "safe_url"]
 
@@ -129,11 +129,21 @@ class Job:
         """
         to = {"destination": [worker_name(node)], "limit": 1} if node else {}
         with reaching("the broker"):
-            replies = self._app.control.revoke(self.id, terminate=True, reply=True, timeout=CANCEL_TIMEOUT_S, **to)
+            try:
+                replies = self._revoke(**to)
+            except Exception as exc:
+                if not is_outage(exc):
+                    raise
+                # The pool may have kept a connection of before a restart of the broker. To ask twice does no harm.
+                with self._app.connection_for_write() as fresh:
+                    replies = self._revoke(connection=fresh, **to)
         answers = [answer for reply in replies or () for said in reply.values() for answer in said.get("ok", ())]
         if not answers:
             raise ServiceUnreachable(f"no worker answered the request to cancel job {self.id}; nothing was cancelled")
         return min(answers, key=lambda answer: _CANCEL_OUTCOMES.index(answer["outcome"]))
+
+    def _revoke(self, **to: Any) -> Any:
+        return self._app.control.revoke(self.id, terminate=True, reply=True, timeout=CANCEL_TIMEOUT_S, **to)
 
     def forget(self) -> None:
         """Remove result and progress from the backend. The job itself, and its row on the node, are untouched."""

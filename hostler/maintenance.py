@@ -43,6 +43,16 @@ class DrainArguments(MoveArguments):
                                exclude_defaults=True)  # fmt: skip
 
 
+class HoldArguments(JobArguments):
+    """``node.hold``: the node begins no more jobs that change its guests, until ``node.unhold``. Those wait, in order.
+
+    What has begun goes on, and so do parts of other nodes' jobs, jobs that only look, and cancels. ``reason`` is told
+    to whoever asks why a job waits.
+    """
+
+    reason: Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
+
+
 class FenceArguments(JobArguments):
     """``node.fence``, sent to any living node of the same database: ``node``'s host is off, and its guests with it.
 

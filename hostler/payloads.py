@@ -29,7 +29,7 @@ from hostler.job_arguments import (
     TimeoutS,
     instance_name,
 )
-from hostler.maintenance import DrainArguments, FenceArguments, UnfenceArguments
+from hostler.maintenance import DrainArguments, FenceArguments, HoldArguments, UnfenceArguments
 from hostler.migration import (
     MigrateArguments,
     MigrateCancelArguments,
@@ -481,6 +481,8 @@ ARGUMENTS: dict[TaskName, type[JobArguments]] = {
     TaskName.NODE_POWERCYCLE: PowercycleArguments,
     TaskName.NODE_DRAIN: DrainArguments,
     TaskName.NODE_UNDRAIN: NoArguments,
+    TaskName.NODE_HOLD: HoldArguments,
+    TaskName.NODE_UNHOLD: NoArguments,
     TaskName.NODE_FENCE: FenceArguments,
     TaskName.NODE_UNFENCE: UnfenceArguments,
     TaskName.JOB_LIST: JobListArguments,
@@ -520,6 +522,9 @@ EXCLUSIVE_TASKS = frozenset(
 )
 """Jobs that change an instance; of these, one at a time per instance, in the order they were sent."""
 
+HELD_TASKS = EXCLUSIVE_TASKS | {TaskName.MIGRATION_ACCEPT, TaskName.NODE_DRAIN}
+"""Jobs that a node which holds its jobs back does not begin."""
+
 CHANGING_TASKS = EXCLUSIVE_TASKS | {
     TaskName.INSTANCE_MIGRATE_CANCEL,
     TaskName.INSTANCE_MIGRATE_TUNE,
@@ -531,6 +536,8 @@ CHANGING_TASKS = EXCLUSIVE_TASKS | {
     TaskName.NODE_POWERCYCLE,
     TaskName.NODE_DRAIN,
     TaskName.NODE_UNDRAIN,
+    TaskName.NODE_HOLD,
+    TaskName.NODE_UNHOLD,
     TaskName.NODE_FENCE,
     TaskName.NODE_UNFENCE,
     TaskName.JOB_PRUNE,

@@ -114,6 +114,9 @@ class Settings(BaseSettings):
         "",
         description="Folder with ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem, client-key.pem for it.",
     )
+    cgroups: Literal["auto", "off"] = Field(
+        "auto", description="Whether guests get control groups of their own, where this host has them (version 2)."
+    )
     ifup: str = Field("", description="Network script, run as SCRIPT TAP; empty is the one shipped.")
     ifdown: str = Field("", description="Network script, run as SCRIPT TAP; empty is the one shipped.")
     log_format: Literal["", "console", "json"] = Field("", description="Empty: console on a terminal, else json.")

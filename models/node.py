@@ -13,7 +13,8 @@ from models.base import Base, UtcDateTime, key, utc_now
 class Node(Base):
     """A host that runs guests. Its row is also what short transactions lock to decide about the node's disks.
 
-    A drained node starts no guest and takes none in, since ``drained_at`` by the job ``drained_by``. A fenced one is
+    A drained node starts no guest and takes none in, since ``drained_at`` by the job ``drained_by``. One
+    that holds its jobs begins none that changes its guests, since ``held_at`` by the job ``held_by``. A fenced one is
     known to be off: since ``fenced_at`` by ``fenced_by`` its guests are other nodes' to start, and no worker starts
     there as long as the host has not been booted since (``fenced_boot_id`` is that of its last worker).
     """
@@ -24,6 +25,9 @@ class Node(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
     drained_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     drained_by: Mapped[str | None] = mapped_column(key())
+    held_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    held_by: Mapped[str | None] = mapped_column(key())
+    held_reason: Mapped[str | None] = mapped_column(String(200))
     fenced_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     fenced_by: Mapped[str | None] = mapped_column(key())
     fenced_boot_id: Mapped[str | None] = mapped_column(key(36))

@@ -35,13 +35,19 @@ OPERATIONS: dict[TaskName, Callable[..., Any]] = {}
 """Every task with the function that carries it out, for the documentation."""
 
 
-def operation(name: TaskName) -> Callable[[Operation[P]], Task]:
-    """Make an operation the Celery task ``name``. Its arguments are those of ``hostler.payloads.ARGUMENTS``."""
+def operation(name: TaskName, *, track_started: bool = True) -> Callable[[Operation[P]], Task]:
+    """Make an operation the Celery task ``name``. Its arguments are those of ``hostler.payloads.ARGUMENTS``.
+
+    Without ``track_started`` the result backend is not told STARTED: for one that tells a phase at once, and is taken
+    up again and again, where STARTED would stand in the place of how far it is.
+    """
 
     def decorate(function: Operation[P]) -> Task:
         OPERATIONS[name] = function
 
-        @shared_task(name=str(name), bind=True, typing=False, throws=(OperationFailed,))
+        tracked = None if track_started else False  # None: as configured
+
+        @shared_task(name=str(name), bind=True, typing=False, throws=(OperationFailed,), track_started=tracked)
         def task(self: Task, *args: Any, **kwargs: Any) -> Any:
             return _run(self, name, function, args, kwargs)
 
@@ -104,7 +110,7 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
             raise Ignore from None
         outcome.settle(task.app, ledger, job.id, lambda: ledger.fail(job.id, outcome.as_error(failure)))
         raise failure from None
-    outcome.settle(task.app, ledger, job.id, lambda: ledger.succeed(job.id, result))
+    outcome.settle(task.app, ledger, job.id, lambda: ledger.succeed(job.id, result, job.at_success))
     return result
 
 

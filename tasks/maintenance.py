@@ -9,12 +9,13 @@ from celery import current_app
 
 from hostler.contract import TaskName, worker_name
 from hostler.job_arguments import NoArguments
-from hostler.maintenance import DrainArguments, FenceArguments, UnfenceArguments
+from hostler.maintenance import DrainArguments, FenceArguments, HoldArguments, UnfenceArguments
 from tasks import outcome
 from tasks.boundary import operation
 from worker.operations.context import JobContext
 from worker.operations.maintenance import drain as draining
 from worker.operations.maintenance import fence as fencing
+from worker.operations.maintenance import holding
 from worker.operations.receipts import Ended
 from worker.operations.service import Service
 
@@ -32,6 +33,20 @@ def drain(service: Service, job: JobContext, arguments: DrainArguments) -> Any:
 def undrain(service: Service, job: JobContext, arguments: NoArguments) -> Any:
     """Let this node take guests in again."""
     return draining.undrain(service.node)
+
+
+@operation(TaskName.NODE_HOLD)
+def hold(service: Service, job: JobContext, arguments: HoldArguments) -> Any:
+    """Begin no more jobs that change guests."""
+    return holding.hold(service.node, job, arguments.reason)
+
+
+@operation(TaskName.NODE_UNHOLD)
+def unhold(service: Service, job: JobContext, arguments: NoArguments) -> Any:
+    """Begin the jobs that were held back."""
+    result, wakeups = holding.unhold(service.node)
+    outcome.carry_out(current_app, Ended(wakeups))
+    return result
 
 
 @operation(TaskName.NODE_FENCE)

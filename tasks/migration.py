@@ -28,7 +28,7 @@ from worker.operations.live_migration.migrate import migrate as migrate_guest
 from worker.operations.service import Service
 
 
-@operation(TaskName.INSTANCE_MIGRATE)
+@operation(TaskName.INSTANCE_MIGRATE, track_started=False)
 def migrate(service: Service, job: JobContext, arguments: MigrateArguments) -> Any:
     """Move a guest to another node while it runs."""
     return migrate_guest(service.node, service.guests, job, arguments)
@@ -36,8 +36,8 @@ def migrate(service: Service, job: JobContext, arguments: MigrateArguments) -> A
 
 @operation(TaskName.INSTANCE_MIGRATE_CANCEL)
 def cancel(service: Service, job: JobContext, arguments: MigrateCancelArguments) -> Any:
-    """Give up the migration an instance is in."""
-    job_id = driven.migration_of(service.node, arguments.name)
+    """Give up the migration an instance is in, or the one that waits for its turn."""
+    job_id = driven.job_to_cancel(service.node, arguments.name)
     return outcome.cancel(current_app, service, job_id, also_running=True)
 
 
@@ -53,7 +53,7 @@ def info(service: Service, job: JobContext, arguments: MigrationInfoArguments) -
     return driven.info(service.node, service.guests, job, arguments)
 
 
-@operation(TaskName.MIGRATION_ACCEPT)
+@operation(TaskName.MIGRATION_ACCEPT, track_started=False)
 def accept(service: Service, job: JobContext, arguments: MigrationAcceptArguments) -> Any:
     """Make a QEMU that waits for a guest."""
     return accept_guest(service.node, service.guests, job, str(arguments.info["migration_id"]))
@@ -65,7 +65,7 @@ def run(service: Service, job: JobContext, arguments: MigrationRunArguments) -> 
     return driven.run(service.node, service.guests, job, arguments)
 
 
-@operation(TaskName.MIGRATION_FINALIZE)
+@operation(TaskName.MIGRATION_FINALIZE, track_started=False)
 def finalize(service: Service, job: JobContext, arguments: MigrationFinalizeArguments) -> Any:
     """Continue a guest that has arrived, or remove what waited for it."""
     return driven.end(service.node, service.guests, job, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import structlog
@@ -56,10 +56,14 @@ def report(request: Any, state: JobState, meta: dict[str, Any] | OperationFailed
 def report_whole(service: Service, job_id: str) -> Callable[[dict[str, Any]], None]:
     """How a step reports in the name of the job it belongs to, which its own node ends."""
 
+    @cache
+    def job() -> Job | None:
+        return presence.known_jobs(service.node.database, [job_id]).get(job_id)
+
     def publish(meta: dict[str, Any]) -> None:
-        job = presence.known_jobs(service.node.database, [job_id]).get(job_id)
-        if job and job.state not in FINAL_JOB_STATES:
-            report(request_of(job.id, job.task, job.arguments, job.node), JobState.PROGRESS, meta)
+        # Only while the job waits for the step, as the ledger has just seen; what comes late all the same is in doubt.
+        if whole := job():
+            report(request_of(whole.id, whole.task, whole.arguments, whole.node), JobState.PROGRESS, meta)
 
     return publish
 

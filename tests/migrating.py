@@ -48,6 +48,10 @@ class Com1:
         wanted = len(self.ticks()) + more
         until(lambda: len(self.ticks()) >= wanted, what=f"{more} more ticks")
 
+    def send(self, data: bytes) -> None:
+        """Type at the guest's console."""
+        self._socket.sendall(data)
+
     def close(self) -> None:
         """After QEMU has ended."""
         self._reader.join(DEADLINE_S)

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
@@ -19,6 +20,7 @@ from models import Job as JobRow
 from models import LiveMigration
 from tests.faults.promises import Sent, violations
 from tests.nodes import TestNode, node, tiny_instance, until
+from tests.services import missing
 
 SLOW_MIB_S = 0.05
 """So slow that the tiny guest is on its way for some ten seconds."""
@@ -73,6 +75,38 @@ def pair(
             if start:
                 each.start_worker()
         yield made
+
+
+def own_folders(nodes: list[TestNode]) -> list[Path]:
+    """A folder that is another one on each node under the same path, the first one's. Where each one's really is.
+
+    Before their workers start. Needs root.
+    """
+    made = [node.root / "private" for node in nodes]
+    for folder in made:
+        folder.mkdir()
+    script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    for each, folder in [*zip(nodes, made, strict=True)][1:]:
+        there = ("sh", "-c", script, "sh", str(folder), str(made[0]))
+        each.prefix = (*each.prefix, "unshare", "--mount", *there)
+    return made
+
+
+@contextmanager
+def apart(**environment: str) -> Iterator[tuple[list[TestNode], list[Path]]]:
+    """Two nodes that see each its own folder under one path (see ``own_folders``), with their workers.
+
+    Both have to be in order at the end, and nothing may be left.
+    """
+    if os.geteuid() != 0:
+        missing("A mount namespace", "needs root")
+    with pair(start=False, **environment) as nodes:
+        folders = own_folders(nodes)
+        for each in nodes:
+            each.start_worker()
+        yield nodes, folders
+        assert in_order(nodes) == []
+        end_guests(nodes)
 
 
 def _shared(first: TestNode) -> dict[str, str]:

@@ -12,7 +12,6 @@ _BY_CODE = {
     ErrorCode.INSTANCE_BUSY: "See which job holds it: hostler jobs --instance {name} -n {node}",
     ErrorCode.NETWORK_FAILED: "Check the node's network: run hostler doctor there",
     ErrorCode.QEMU_FAILED: "Check the node: run hostler doctor there",
-    ErrorCode.MIGRATION_FAILED: "How it went: hostler migration-report {job_id} -n {node}",
     ErrorCode.NODE_UNAVAILABLE: "Start the node's worker: run hostler worker there",
     ErrorCode.INTERNAL: "The node's log has the details",
 }
@@ -23,6 +22,9 @@ def advise(failed: OperationFailed, job_id: str, node: str = "NODE", name: str =
     step = _BY_CODE.get(ErrorCode(failed.code)) if failed.code in ErrorCode.__members__ else None
     if step and "`hostler" not in failed.message:
         failed.add_note(step.format(node=node, name=name, job_id=job_id))
+    # Not only its own job ends with this code: one that was to change it, and a drain, do too.
+    if migration := failed.details.get("migration_id"):
+        failed.add_note(f"How it went: hostler migration-report {migration} -n {node}")
     if failed.retryable:
         failed.add_note("The same job, sent again, can succeed.")
     failed.add_note(f"Its history: hostler job {job_id} --history -n {node}")

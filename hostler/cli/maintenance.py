@@ -94,6 +94,44 @@ def undrain_command(node: str, options: JobOptions) -> None:
 
 
 @click.command(
+    "hold",
+    epilog=examples(
+        'hostler hold n1 --reason "new switch, until 4"     then: the work, then hostler unhold n1',
+        "hostler hold n1 --json",
+    ),
+)
+@click.argument("node")
+@click.option("--reason", default="", metavar="TEXT", help="Told to whoever asks why a job waits.")
+@job_options
+def hold_command(node: str, reason: str, options: JobOptions) -> None:
+    """Let NODE begin no more jobs that change its guests; they wait, in order, also when its worker is restarted.
+
+    What has begun goes on, and so do its guests, jobs that only look, cancels, and parts of other nodes' migrations.
+    """
+    send_and_show(
+        lambda client: client.hold.job(node, reason, job_id=options.job_id),
+        options,
+        lambda result: _say(f"{node} holds its jobs back since {result['held_at']}, until: hostler unhold {node}"),
+    )
+
+
+@click.command("unhold", epilog=examples("hostler unhold n1", "hostler unhold n1 --json"))
+@click.argument("node")
+@job_options
+def unhold_command(node: str, options: JobOptions) -> None:
+    """Let the jobs go that NODE held back."""
+    send_and_show(
+        lambda client: client.unhold.job(node, job_id=options.job_id),
+        options,
+        lambda result: _say(
+            f"{node} begins jobs again; {result['jobs']} waited, since {result['held_at']} at the longest."
+            if result["held_at"]
+            else f"{node} held no jobs back."
+        ),
+    )
+
+
+@click.command(
     "fence",
     epilog=examples(
         "hostler fence n1 --yes-it-is-off                       then: hostler start n2 web1.yaml",

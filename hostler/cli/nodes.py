@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--node", "-n", metavar="NODE", help="The node to ask. Default: whichever answers first.")
 @job_options
 def nodes_command(node: str | None, options: JobOptions) -> None:
-    """List all nodes: worker, guests, open jobs, drained or fenced.
+    """List all nodes: worker, guests, open jobs, drained, holding its jobs back, or fenced.
 
     SINCE is when a living worker started, or when an absent one gave its last sign of life. Guests run on without a
     worker; they are shown as last recorded.
@@ -39,7 +39,7 @@ def _show(nodes: list[dict[str, Any]]) -> None:
 
 
 def _marks(node: dict[str, Any]) -> str:
-    return ", ".join(word for word in ("drained", "fenced") if node.get(f"{word}_at"))
+    return ", ".join(word for word in ("drained", "held", "fenced") if node.get(f"{word}_at"))
 
 
 def _counted(instances: dict[str, int]) -> str:

@@ -44,6 +44,8 @@ _MODULES: Mapping[str, Mapping[str, str]] = {
         "node": "hostler.cli.node",
         "drain": "hostler.cli.maintenance",
         "undrain": "hostler.cli.maintenance",
+        "hold": "hostler.cli.maintenance",
+        "unhold": "hostler.cli.maintenance",
         "fence": "hostler.cli.maintenance",
         "unfence": "hostler.cli.maintenance",
         "audit": "hostler.cli.audit",

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
+
 from hostler.errors import OperationFailed
 from tests.benchmarks.figures import Figures, Result
+from tests.benchmarks.noop import postgresql
 from tests.dirtying_guest import write_disk
 from tests.nodes import TestNode, tiny_instance
 from tests.pairs import pair
@@ -23,15 +26,23 @@ DIRTY_MIB, RATE_MIB_S = 32, 20
 
 def measure(runs: int = RUNS) -> Result:
     """Each guest there and back ``runs`` times. The first move of each warms up and does not count."""
-    figures: list[Figures] = []
-    notes: list[str] = []
-    with pair() as nodes:
+    notes = [f"A dirtying guest writes {RATE_MIB_S} MiB/s to {DIRTY_MIB} MiB. Both nodes are this machine."]
+    figures = [*_measure_on("SQLite", runs, notes)]
+    try:
+        with postgresql() as (url, note):
+            figures += _measure_on("PostgreSQL", runs, notes, HOSTLER_DATABASE_URL=url)
+        notes.append(note)
+    except (pytest.skip.Exception, pytest.fail.Exception) as missing:
+        notes.append(f"Without PostgreSQL: {missing}")
+    return Result(tuple(figures), tuple(notes))
+
+
+def _measure_on(database: str, runs: int, notes: list[str], **environment: str) -> Iterator[Figures]:
+    with pair(**environment) as nodes:
         for size_mib in SIZES_MIB:
             for kind in ("idle", "dirtying"):
-                label = f"{size_mib} MiB, {kind}"
-                figures += _figures(label, [*_moves(nodes, size_mib, kind, runs, notes)][1:])
-    notes.append(f"A dirtying guest writes {RATE_MIB_S} MiB/s to {DIRTY_MIB} MiB. Both nodes are this machine.")
-    return Result(tuple(figures), tuple(notes))
+                label = f"{database}, {size_mib} MiB, {kind}"
+                yield from _figures(label, [*_moves(nodes, size_mib, kind, runs, notes)][1:])
 
 
 def _moves(nodes: list[TestNode], size_mib: int, kind: str, runs: int, notes: list[str]) -> Iterator[dict[str, Any]]:

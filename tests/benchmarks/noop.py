@@ -25,7 +25,7 @@ def measure(runs: int = RUNS) -> Result:
     """``runs`` jobs one after the other, in turn with the bare task; one batch for every ``RUNS_A_BATCH`` of them."""
     figures, note = _measure_on("SQLite", runs), ""
     try:
-        with _postgresql() as (url, note):
+        with postgresql() as (url, note):
             figures += _measure_on("PostgreSQL", runs, HOSTLER_DATABASE_URL=url)
     except (pytest.skip.Exception, pytest.fail.Exception) as missing:
         note = f"Without PostgreSQL: {missing}"
@@ -56,7 +56,8 @@ def _compared(database: str, how: str, pairs: list[tuple[float, float]]) -> list
 
 
 @contextmanager
-def _postgresql() -> Iterator[tuple[str, str]]:
+def postgresql() -> Iterator[tuple[str, str]]:
+    """The URL of a scratch database with our schema, and a note on its server. Skips or fails where there is none."""
     with postgresql_database() as url:
         database = Database(url)
         try:

@@ -27,7 +27,11 @@ from worker.operations.live_migration.recovery_table import OF_QEMU, Side, row_f
 from worker.operations.live_migration.rows import Stage
 
 RECORD = "commit worker.operations.live_migration.rows.move_on"
-GIVE = "commit worker.operations.live_migration.rows._change_owner"
+HAND_OVER = "commit worker.operations.ledger.Ledger.hand_over"
+ACCEPTS, GIVES = 1, 2
+"""Which hand-over it is: in that to finalize the target also becomes the owner."""
+TAKEN, FINALIZE = "acknowledge", 2
+"""The target's worker has taken a message: the second one is that to continue the guest."""
 
 Provoke = Callable[[Pair], Job]
 Found = tuple[Stage, Side, Side]
@@ -105,10 +109,17 @@ def _side(runtime: Runtime | None) -> Side:
 
 
 def kill_qemu(node: TestNode) -> None:
-    """kill -9, seen by the kernel; the worker may be slower."""
-    for pid in node.qemu_pids():
+    """kill -9, and wait until the kernel has ended it, which closes its files first; the worker may be slower."""
+    pids = node.qemu_pids()
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    until(lambda: not node.qemu_pids())
+    until(lambda: not any(map(_lives, pids)))
+
+
+def _lives(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 @contextmanager
@@ -173,7 +184,7 @@ def _source_qemu_unseen(made: Pair) -> Job:
 )
 def _source_qemu_sent(made: Pair) -> Job:
     source = made.source
-    with dead_at(made, "source", GIVE, "before") as job:
+    with dead_at(made, "source", HAND_OVER, "before", GIVES) as job:
         kill_qemu(source)
     return job
 
@@ -271,7 +282,7 @@ def _target_qemu_unseen(made: Pair) -> Job:
 @fault("post-copy: the target's QEMU is killed when it has not run", "MIGRATION_FAILED", "crashed")
 def _target_qemu_postcopy(made: Pair) -> Job:
     target = made.target
-    with dead_at(made, "target", RECORD, "before", 2, postcopy="at-once", bandwidth_mib_s=0.2) as job:
+    with dead_at(made, "target", TAKEN, "after", FINALIZE, postcopy="at-once", bandwidth_mib_s=0.2) as job:
         kill_qemu(target)
     return job
 
@@ -311,18 +322,17 @@ def _dies(name: str, side: str, step: str, when: str, nth: int, finds: Found) ->
         return job
 
 
-_HAND_OVER = "commit worker.operations.ledger.Ledger.hand_over"
-_dies("the source's worker dies when it has handed over", "source", _HAND_OVER, "after", 1,
+_dies("the source's worker dies when it has handed over", "source", HAND_OVER, "after", ACCEPTS,
       (Stage.ACCEPTING, Side.IDLE, Side.IDLE))  # fmt: skip
 _dies("the source's worker dies before it lets its QEMU send", "source", "qmp migrate", "before", 1,
       (Stage.TRANSFERRING, Side.IDLE, Side.IDLE))  # fmt: skip
-_dies("the source's worker dies before it records the switch", "source", RECORD, "before", 2,
+_dies("the source's worker dies before it records the switch", "source", RECORD, "before", 1,
       (Stage.TRANSFERRING, Side.STANDS_STILL, Side.UNDER_WAY))  # fmt: skip
-_dies("the source's worker dies when it has recorded the switch", "source", RECORD, "after", 2,
+_dies("the source's worker dies when it has recorded the switch", "source", RECORD, "after", 1,
       (Stage.SWITCHING, Side.STANDS_STILL, Side.UNDER_WAY))  # fmt: skip
-_dies("the source's worker dies when all is sent", "source", GIVE, "before", 1,
+_dies("the source's worker dies when all is sent", "source", HAND_OVER, "before", GIVES,
       (Stage.SWITCHING, Side.COMPLETE, Side.COMPLETE))  # fmt: skip
-_dies("the target's worker dies when it has all", "target", RECORD, "before", 2,
+_dies("the target's worker dies when it has all", "target", TAKEN, "after", FINALIZE,
       (Stage.MOVED, Side.COMPLETE, Side.COMPLETE))  # fmt: skip
 _dies("the target's worker dies before it lets the guest go on", "target", "qmp cont", "before", 1,
       (Stage.CONTINUING, Side.COMPLETE, Side.COMPLETE))  # fmt: skip

@@ -2,7 +2,8 @@
 
 Everything random comes from one seed, except the moments at which the machine lets things happen. After each round
 every job has to have ended, no promise may be broken, and each guest is on one node, counting on from where it was,
-unless a QEMU of its own was killed.
+unless a QEMU of its own was killed. At the end both nodes' own audits have to find nothing, and nothing may be left of
+the guests once they are killed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from models import Runtime
 from tests.faults.killer import Killer, freeze_worker, kill_broker
 from tests.faults.outside import counter
 from tests.faults.promises import Sent, all_ready, violations
-from tests.nodes import TestNode, tiny_instance, until
-from tests.pairs import FORGIVING_S, SLOW_MIB_S, job_row, pair
+from tests.faults.sweep import Bed
+from tests.nodes import TestNode, until
+from tests.pairs import FORGIVING_S, SLOW_MIB_S, end_guests, in_order, job_row, pair, two_sites
 
 ROUND = 10
 ROUND_S = 180.0
@@ -56,14 +58,15 @@ Say = Callable[[str], object]
 
 
 def soak(jobs: int, guests: int, seed: int, *, budget_s: float = 3600.0, say: Say = lambda _: None) -> MigrationSoak:
-    """Run until ``jobs`` migrations were asked for or ``budget_s`` has passed."""
+    """Run until ``jobs`` migrations were asked for or ``budget_s`` has passed. Needs root."""
     found = MigrationSoak(seed)
     began = time.monotonic()
-    with pair() as nodes:
+    with two_sites() as sites, pair(sites=sites, start=False) as nodes:
         bed = _Bed(nodes, [f"web{number}" for number in range(guests)], random.Random(seed), found)
         while found.jobs < jobs and time.monotonic() - began < budget_s:
             bed.round(min(ROUND, jobs - found.jobs))
             say(f"{found.jobs} migrations, {found.faults.total()} faults, {len(found.violations)} violations")
+        bed.last()
     found.seconds = time.monotonic() - began
     return found
 
@@ -71,6 +74,9 @@ def soak(jobs: int, guests: int, seed: int, *, budget_s: float = 3600.0, say: Sa
 class _Bed:
     def __init__(self, nodes: list[TestNode], names: list[str], rng: random.Random, found: MigrationSoak) -> None:
         self.nodes = nodes
+        self.beds = [Bed(node) for node in nodes]
+        for node in nodes:
+            node.start_worker()
         self.names = names
         self.rng = rng
         self.found = found
@@ -100,7 +106,7 @@ class _Bed:
     def _have_it_run(self, name: str) -> None:
         row = self.nodes[0].row(name)
         if row is None or row.runtime is None:
-            self.owner(name).start(tiny_instance(self.nodes[0].root, name))
+            self.owner(name).start(self.beds[0].instance(name))
             self.counts[name] = 0
         owner = self.owner(name)
         self.counts[name] = until(lambda: max(self.counts[name], counter(owner, name)), what=f"{name} counts")
@@ -156,6 +162,14 @@ class _Bed:
             until(lambda: counter(owner, name) > self.counts[name], 10)
         except AssertionError:
             self.found.violations.append(f"5: {name} had counted to {self.counts[name]}, now {counter(owner, name)}")
+
+    def last(self) -> None:
+        """With all at rest: what the nodes' audits find, and what is left once the guests are killed."""
+        self.found.violations += in_order(self.nodes)
+        try:
+            end_guests(self.nodes)
+        except AssertionError as exc:
+            self.found.violations.append(f"6: {exc}")
 
 
 def _kill_worker(bed: _Bed, rng: random.Random) -> bool:

@@ -7,10 +7,13 @@ next. After each: the job ended as it should, one QEMU, on the node that owns it
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hostler.client import Job
@@ -18,14 +21,30 @@ from tests.faults.outside import counter
 from tests.faults.promises import Sent, all_ready, violations
 from tests.faults.surroundings import Postgres, postgres
 from tests.faults.sweep import Bed, Step
+from tests.node.migration_peers import Authority
 from tests.nodes import TestNode, until
-from tests.pairs import FORGIVING_S, Site, job_row, pair, stage_of, two_sites
+from tests.pairs import FORGIVING_S, Site, job_row, own_folders, pair, stage_of, two_sites
 
 NAME = "web1"
 END_S = 60.0
 """How long a migration may take to end, once its workers live again."""
 SIDES = ("source", "target")
 WHENS = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way of migrating. ``apart``: the nodes share no disk, and have certificates."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    apart: bool = False
+
+
+CASES = {
+    "migrate": Case(),
+    "migrate, post-copy": Case({"postcopy": "at-once", "bandwidth_mib_s": 0.2}),
+    "migrate, disks copied, in TLS": Case({"copy_storage": "full", "tls": True}, apart=True),
+}
 
 
 @dataclass
@@ -46,6 +65,8 @@ class Pair:
         self.nodes = nodes
         self.sites = sites
         self.server = server
+        self.folders: list[Path] = []
+        """Where each node's disks really are, where they share none."""
         self.beds = {node.name: Bed(node) for node in nodes}
         self.count = 0
 
@@ -76,6 +97,13 @@ class Pair:
             where = self.beds[row.node] if row else next(iter(self.beds.values()))
             where.booted()
             self.count = 0
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        """The disks that the guest left behind: somebody has to remove them before it comes back."""
+        for node, folder in zip(self.nodes, self.folders, strict=False):
+            for path in folder.iterdir() if node is not self.source else ():
+                path.unlink()
 
     def start_anew(self) -> None:
         """After a broken promise: all guests and workers killed, so that the next one does not inherit it."""
@@ -121,7 +149,12 @@ class Pair:
 
         with suppress(AssertionError):
             until(look, FORGIVING_S)
-        return [*found, *self.wrong_guest(owner, runs=runs)]
+        return [*found, *self.wrong_guest(owner, runs=runs), *self.wrong_copies()]
+
+    def wrong_copies(self) -> list[str]:
+        """The guest writes nothing to its disk, so that source and copy have to be the same."""
+        found = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in self.folders]
+        return [] if not found or found[0] == found[1] else [f"1: the copied disks differ: {[*map(sorted, found)]}"]
 
     def unfinished(self, job: Job) -> list[str]:
         rows = [job_row(self.nodes[0], f"{job.id}.{step}") for step in ("accept", "finalize", "discard")]
@@ -160,6 +193,21 @@ def migrating_pair(**environment: str) -> Iterator[Pair]:
         made = Pair(nodes, sites)
         made.rest()
         yield made
+
+
+@contextmanager
+def pair_apart() -> Iterator[Pair]:
+    """As ``migrating_pair``, but the nodes share no disk, and have certificates."""
+    with two_sites() as sites, TemporaryDirectory(prefix="hst-") as folder:
+        names = ",".join(f"IP:{site.address}" for site in sites)
+        certificates = Authority(Path(folder, "authority")).issue(Path(folder, "nodes"), server=names)
+        with pair(sites=sites, start=False, HOSTLER_MIGRATION_TLS_DIR=str(certificates)) as nodes:
+            made = Pair(nodes, sites)
+            made.folders = own_folders(nodes)
+            for bed in made.beds.values():
+                bed.disks = made.folders[0]
+            made.rest()
+            yield made
 
 
 @contextmanager
@@ -219,19 +267,15 @@ def kill_at(made: Pair, side: str, step: Step, when: str, found: Sweep, **option
         made.start_anew()
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "migrate": {},
-    "migrate, post-copy": {"postcopy": "at-once", "bandwidth_mib_s": 0.2},
-}
-
-
-def sweep(made: Pair, case: str) -> Sweep:
-    """Kill source and target at each step, before and after it."""
-    found = Sweep(case)
-    steps = record(made, **CASES[case])
-    found.steps = sum(map(len, steps.values()))
-    for side in SIDES:
-        for step in steps[side]:
-            for when in WHENS:
-                kill_at(made, side, step, when, found, **CASES[case])
+def sweep(case: str, kills: int = 0, seed: int = 0) -> Sweep:
+    """Kill source and target at each step, before and after it; or so many times, chosen by ``seed``."""
+    found, options = Sweep(case), CASES[case].options
+    with pair_apart() if CASES[case].apart else migrating_pair() as made:
+        steps = record(made, **options)
+        found.steps = sum(map(len, steps.values()))
+        chosen = [(side, step, when) for side in SIDES for step in steps[side] for when in WHENS]
+        if kills:
+            chosen = random.Random(seed).sample(chosen, min(kills, len(chosen)))
+        for side, step, when in chosen:
+            kill_at(made, side, step, when, found, **options)
     return found

@@ -16,6 +16,8 @@ import psutil
 from tests.nodes import Serial, TestNode
 from worker.kvm.tiny_guest import COUNTER_ADDRESS
 
+LISTEN = "0A"
+"""A socket's state, as /proc/net/tcp has it."""
 MONITOR_S = 2.0
 """A QEMU that says nothing for so long does not answer; it may be stopped on purpose."""
 
@@ -71,6 +73,15 @@ def taps_of(node: TestNode) -> set[str]:
     script = "cd /sys/class/net && ls -d */tun_flags 2>/dev/null"
     done = subprocess.run([*node.prefix, "sh", "-c", script], capture_output=True, text=True)
     return {line.partition("/")[0] for line in done.stdout.splitlines()}
+
+
+def migration_ports(node: TestNode) -> list[int]:
+    """The ports for guests that come in on which anybody listens, in the network namespace of the node's worker."""
+    assert node.worker
+    first, last = node.settings.migration_ports
+    rows = [line.split() for line in Path(f"/proc/{node.worker.pid}/net/tcp").read_text().splitlines()[1:]]
+    listening = {int(row[1].partition(":")[2], 16) for row in rows if row[3] == LISTEN}
+    return sorted(port for port in listening if first <= port <= last)
 
 
 def born(pid: int) -> float | None:

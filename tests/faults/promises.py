@@ -20,7 +20,7 @@ from sqlalchemy import select
 
 from hostler.contract import FINAL_JOB_STATES
 from models import Base, DiskLease, Incarnation, Instance, InstanceLock, Job, JobParent, Runtime, UidLease
-from tests.faults.outside import MONITOR_S, ask, born, counter, open_taps, qemu_of, taps_of
+from tests.faults.outside import MONITOR_S, ask, born, counter, migration_ports, open_taps, qemu_of, taps_of
 from tests.nodes import TestNode, until
 
 RUNS, PAUSED = {"running"}, {"paused"}
@@ -256,6 +256,8 @@ def _leaks(look: _Look) -> Iterator[str]:
             with suppress(psutil.NoSuchProcess):
                 if child.status() == psutil.STATUS_ZOMBIE:
                     yield f"6: process {child.pid} has ended, and the worker did not see to it"
+        if "netns" in look.node.prefix and (ports := migration_ports(look.node)):  # elsewhere they may be others'
+            yield f"6: somebody listens on {ports}, and no guest comes in"
         if taps_held := open_taps(worker.pid):
             yield f"6: the worker holds taps {sorted(taps_held)}"
 

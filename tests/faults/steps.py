@@ -162,9 +162,10 @@ def watch_calls(recorder: Recorder) -> None:
             if not (step := name(*args, **kwargs)):
                 return original(*args, **kwargs)
             nth = recorder.before(step)
-            done = original(*args, **kwargs)
-            recorder.after(step, nth)
-            return done
+            try:
+                return original(*args, **kwargs)
+            finally:
+                recorder.after(step, nth)  # also of what failed: a port that was taken, an outage
 
         setattr(owner, method, wrapped)
 

@@ -44,6 +44,8 @@ class Bed:
 
     def __init__(self, made: TestNode) -> None:
         self.node = made
+        self.disks = made.root
+        """Where the guest's disk is made."""
         self._plan, self._log = made.root / "plan", made.root / "steps"
         self._serial = 0
         for script in ("ifup", "ifdown"):
@@ -71,7 +73,7 @@ class Bed:
 
     def instance(self, name: str = "web1") -> dict[str, Any]:
         nics = [{"mac": "52:54:00:00:00:01", "mode": "bridged", "link": "br0"}]
-        return tiny_instance(self.node.root, name) | {"nics": nics}
+        return tiny_instance(self.disks, name) | {"nics": nics}
 
     def ifup_fails(self, fails: bool) -> None:
         (self.node.root / "exit").write_text("1" if fails else "0")

@@ -358,6 +358,26 @@ def test_a_backend_that_returns_soon_goes_unnoticed_by_the_one_who_waits(folder:
         service.kill()
 
 
+def test_a_job_is_cancelled_at_once_after_the_broker_was_restarted(folder: Path) -> None:
+    home = folder / "cancelled"
+    home.mkdir()
+    service = Service(home)
+    try:
+        with Client(service.url) as client:
+            job = client.pause("n1", "web1")
+            for restarts in range(2):
+                if restarts:  # the client's pool has connections of before
+                    service.kill()
+                    service.start()
+                with pytest.raises(ServiceUnreachable, match="no worker answered"):  # the broker did
+                    job.cancel("n1")
+            service.kill()
+            with pytest.raises(ServiceUnreachable, match="the broker does not answer"):
+                job.cancel("n1")
+    finally:
+        service.kill()
+
+
 def test_a_backend_that_stays_away_is_told_to_the_one_who_waits(folder: Path) -> None:
     home = folder / "gone"
     home.mkdir()

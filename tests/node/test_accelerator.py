@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.nodes import until
 from tests.services import missing
 from worker.kvm import accelerator, emulator
 from worker.kvm.emulator import EmulatorBroken, EmulatorMissing
@@ -155,6 +158,27 @@ def test_a_program_that_is_not_qemu_is_told_as_such_and_ended(
     assert str(binary) in str(caught.value)
     assert_gone(tmp_path)
     assert not cache_dir.exists()
+
+
+@pytest.mark.parametrize("probe", ["emulator.probe", "accelerator.kvm_works"])
+def test_a_probe_that_is_under_way_dies_with_a_worker_that_is_killed(
+    tmp_path: Path, qemu: Path, device: Path, probe: str
+) -> None:
+    # A real QEMU that is asked nothing: the process that probes is stopped in the middle by its own child.
+    binary = program(tmp_path, f"kill -STOP $PPID; exec {qemu} -display none -machine none -S -monitor stdio")
+    script = (
+        "import sys; from pathlib import Path; from worker.kvm import accelerator, emulator\n"
+        "accelerator.KVM_DEVICE = Path(sys.argv[3])\n"
+        f"{probe}(Path(sys.argv[1]), Path(sys.argv[2]), {DEADLINE_S})"
+    )
+    argv = [sys.executable, "-c", script, str(binary), str(tmp_path / "cache"), str(device)]
+    with subprocess.Popen(argv) as worker:
+        try:
+            until(lambda: runs(tmp_path) and qemu.name in psutil.Process(runs(tmp_path)[0]).name())
+            assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
+        finally:
+            worker.kill()
+    assert_gone(tmp_path)
 
 
 def test_a_file_that_is_no_program_is_told_as_such(tmp_path: Path, cache_dir: Path) -> None:

@@ -29,6 +29,8 @@ def n1(n1: TestNode) -> Iterator[TestNode]:
     yield n1
     n1.end_guests()
     assert audit(n1) == []
+    for path in n1.root.glob("*.iso"):
+        path.unlink()
 
 
 def audit(n1: TestNode) -> list[dict[str, Any]]:
@@ -170,6 +172,25 @@ def test_a_guest_that_the_worker_does_not_watch_is_adopted(n1: TestNode) -> None
     second = tiny_instance(n1.root, "web2", disks=[{"path": str(n1.root / "web1.img")}])
     assert "in use by instance web1" in n1.failure("instance.start", instance=second).message
     assert n1.do("instance.stop", name="web1", on_timeout="fail")["how"] == "guest_shutdown"
+
+
+@pytest.mark.parametrize("inserted", [True, False], ids=["inserted later", "there from the start"])
+def test_a_cd_that_is_not_kept_from_others_is_a_finding_and_is_kept_again(n1: TestNode, inserted: bool) -> None:
+    cd = n1.root / "cd.iso"
+    cd.write_bytes(bytes(2**20))
+    (n1.root / "same.iso").symlink_to(cd)
+    at_first = {"cdrom_drive": True} if inserted else {"cdrom_image_path": str(cd)}
+    n1.start(tiny_instance(n1.root, hvparams=at_first | {"cdrom2_image_path": str(n1.root / "same.iso")}))
+    if inserted:
+        n1.do("instance.cd_insert", name="web1", path=str(cd))
+    assert audit(n1) == []  # two names of one file have one lease
+    change(n1, delete(DiskLease).where(DiskLease.path.like("%.iso")))
+    finding = the_finding(n1, "missing_lease:web1")
+    assert finding["evidence"]["paths"] == [str(cd), str(n1.root / "same.iso")]
+    repaired(n1, finding)
+    writer = tiny_instance(n1.root, "web2", disks=[{"path": str(cd)}])
+    assert "in use by instance web1" in n1.failure("instance.start", instance=writer).message
+    assert audit(n1) == []
 
 
 def row_of(n1: TestNode, model: type[Base]) -> dict[str, Any]:

@@ -88,6 +88,33 @@ def test_files_that_are_missing_are_all_named_at_once(n1: TestNode) -> None:
     assert "neither a file nor a block device" in failed.message
 
 
+def test_a_read_only_disk_is_refused_on_ide_and_never_open_for_writing_elsewhere(n1: TestNode) -> None:
+    instance = tiny_instance(n1.root, hvparams={"disk_type": "paravirtual"})
+    extra = n1.root / "extra.img"
+    extra.write_bytes(bytes(2**20))
+    instance["disks"].append({"path": str(extra), "mode": "ro"})
+    try:
+        failed = refused(n1, instance | {"hvparams": instance["hvparams"] | {"disk_type": "ide"}})
+        assert fields(failed) == ["instance.disks[1].mode"]
+        assert "an IDE disk cannot be read-only" in failed.message
+        n1.start(instance)
+        lines = [line for line in n1.monitor("web1", "info block").splitlines() if str(extra) in line]
+        assert lines and all("read-only" in line for line in lines)
+        assert open_flags(n1, extra) == {os.O_RDONLY}
+        assert open_flags(n1, Path(instance["disks"][0]["path"])) == {os.O_RDWR}
+    finally:
+        n1.end_guests()
+        extra.unlink()
+
+
+def open_flags(n1: TestNode, path: Path) -> set[int]:
+    """How web1's QEMU has a file open."""
+    folder = Path(f"/proc/{n1.pid('web1')}")
+    fds = [link.name for link in (folder / "fd").iterdir() if link.readlink() == path]
+    flags = ((folder / "fdinfo" / fd).read_text().split("flags:\t")[1].split()[0] for fd in fds)
+    return {int(each, 8) & os.O_ACCMODE for each in flags}
+
+
 def test_a_disk_that_is_given_twice(n1: TestNode) -> None:
     instance = tiny_instance(n1.root)
     instance["disks"] *= 2

@@ -133,19 +133,22 @@ def make_files(case: Case, place: Path, certificates: Callable[[], Path], cleanu
     if hvparams.vnc_x509_path or hvparams.spice_x509_path:
         (place / "x509").symlink_to(certificates())
     for path in filter(None, (getattr(hvparams, field) for field in IMAGES)):
-        here(path, place).write_bytes(bytes(DISK_BYTES))
+        provide_image(case, here(path, place), path, bytes(DISK_BYTES), cleanup)
     if hvparams.kernel_path:
         here(hvparams.kernel_path, place).write_bytes(bare_kernel())
     for disk in case.instance.disks:
-        file = here(disk.path, place)
-        if disk.format == "qcow2":
-            file.write_bytes(empty_qcow2())
-        elif disk.path in case.block_devices:
-            image = place / f"backing-{file.name}"
-            image.write_bytes(bytes(DISK_BYTES))
-            file.symlink_to(cleanup.enter_context(loop_device(image)))
-        else:
-            file.write_bytes(bytes(DISK_BYTES))
+        content = empty_qcow2() if disk.format == "qcow2" else bytes(DISK_BYTES)
+        provide_image(case, here(disk.path, place), disk.path, content, cleanup)
+
+
+def provide_image(case: Case, file: Path, path: str, content: bytes, cleanup: ExitStack) -> None:
+    """A file, or a block device where the case says so."""
+    if path not in case.block_devices:
+        file.write_bytes(content)
+        return
+    image = file.with_name(f"backing-{file.name}")
+    image.write_bytes(content)
+    file.symlink_to(cleanup.enter_context(loop_device(image)))
 
 
 def here(path: str, place: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 from models import DiskLease
 from tests.guests import LINUX_READY, LINUX_TICK
+from tests.node.test_golden_lines import loop_device
 from tests.node.test_hotplug import images, leases
 from tests.node.test_linux import BOOT_S, ask, linux
 from tests.nodes import TestNode, tiny_instance
+from tests.services import missing
 
 __all__ = ["linux"]
 
@@ -103,6 +106,19 @@ def test_each_of_two_drives_has_its_own_cd(n1: TestNode) -> None:
     n1.do("instance.cd_insert", name="web1", path=second)
     n1.do("instance.cd_eject", name="web1", drive="cdrom2")
     has(n1, disk, second)
+
+
+def test_a_cd_may_be_a_block_device_of_the_host(n1: TestNode) -> None:
+    if os.geteuid() != 0:
+        missing("A loop device", "needs root")
+    with loop_device(Path(iso(n1, "backing.img"))) as device:
+        start(n1, **EMPTY)
+        n1.do("instance.cd_insert", name="web1", path=device)
+        assert device in drive(n1)
+        n1.do("instance.reboot", name="web1", mode="hard")
+        assert device in drive(n1)
+        n1.do("instance.cd_eject", name="web1")
+        n1.do("instance.stop", name="web1", force=True)
 
 
 def test_the_same_file_is_read_anew_when_it_is_inserted_again(n1: TestNode) -> None:

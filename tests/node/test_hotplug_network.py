@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
+from models import UidLease
 from tests.node.test_network import MAC, PORT, Network, calls, network, scripted_node, with_nics
 from tests.nodes import TestNode, until
+from tests.services import missing
 
 __all__ = ["network", "scripted_node"]
 
@@ -15,6 +21,10 @@ pytestmark = pytest.mark.node
 
 OTHER = "52:54:00:00:00:02"
 ADDED = PORT | {"mac": OTHER}
+UID = 2_000_000_000 + 100 * os.getpid() + 50
+"""Without a login, and no process of the host has it but a guest of this test process."""
+POOL = {"security_model": "pool"}
+CHROOT = {"use_chroot": True}
 
 
 @pytest.fixture
@@ -60,6 +70,41 @@ def test_a_card_that_is_plugged_in_has_all_its_queues_as_after_a_reboot(n1: Test
     assert plugged == (1, ["/dev/net/tun"] * 2)  # QEMU's: the worker has let go of its own
     n1.do("instance.reboot", name="web1", mode="hard")
     assert (n1.monitor("web1", "info qtree").count("mq = true"), n1.tap_fds()) == plugged
+
+
+@pytest.fixture
+def uid(n1: TestNode) -> Iterator[int]:
+    if os.geteuid() != 0:
+        missing("Other uids", "needs root")
+    n1.do("uid_pool.add", ranges=str(UID))
+    yield UID
+    n1.end_guests()
+    n1.do("uid_pool.remove", ranges=str(UID))
+    with n1.database().transaction() as session:
+        session.execute(delete(UidLease))
+
+
+@pytest.mark.parametrize("model", [CHROOT, POOL, POOL | CHROOT], ids=["chroot", "pool", "pool and chroot"])
+def test_a_card_comes_to_a_guest_whose_qemu_could_make_no_tap_itself(
+    n1: TestNode, network: Network, uid: int, model: dict[str, Any]
+) -> None:
+    n1.start(with_nics(n1, PORT, hvparams=model | {"virtio_net_queues": 2}))
+    status = Path(f"/proc/{n1.pid('web1')}/status").read_text()
+    assert f"Uid:\t{uid}\t" in status or POOL.items().isdisjoint(model.items())
+    assert "Seccomp:\t2" in status
+    view = n1.do("instance.nic_add", name="web1", nic=ADDED)
+    first, second = (card["tap"] for card in view["nics"])
+    assert sorted(network.taps()) == sorted([first, second])
+    assert calls(n1, "ifup")[-1]["argv"] == [second]
+    assert n1.tap_fds() == ["/dev/net/tun"] * 4
+    assert OTHER in n1.monitor("web1", "info network")
+    assert n1.do("node.audit")["findings"] == []
+    assert taken_out(n1, OTHER, "nic1") == [first]
+    assert (network.taps(), n1.tap_fds()) == ([first], ["/dev/net/tun"] * 2)
+    n1.do("instance.nic_add", name="web1", nic=ADDED)
+    n1.do("instance.reboot", name="web1", mode="hard")
+    assert (len(network.taps()), n1.tap_fds()) == (2, ["/dev/net/tun"] * 4)
+    assert n1.do("node.audit")["findings"] == []
 
 
 def test_a_card_outlives_the_worker_that_plugged_it_in(n1: TestNode, network: Network) -> None:

@@ -101,7 +101,7 @@ def test_a_cd_is_in_the_drive_whatever_of_it_the_dead_worker_had_done(stage: Sta
         for step in STEPS[: STEPS.index(done) + 1]:
             match step:
                 case "the image is open":
-                    monitor.add_block_node(cd_image("cdrom0", path))
+                    monitor.add_block_node(cd_image("cdrom0", path, "file"))
                 case "the tray is open":
                     drives.open_tray(monitor, "cdrom0-device", force=True)
                 case "the old one is out":

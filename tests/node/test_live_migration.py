@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import psutil
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from hostler.errors import OperationFailed
 from models import Job, LiveMigration, UidLease
 from tests.faults.promises import Sent
 from tests.node.test_network import PORT, Network
 from tests.nodes import TestNode, tiny_instance, until
-from tests.pairs import Site, end_guests, hurry, in_order, migrate, pair, slowly, ticks_on, two_sites
+from tests.pairs import (
+    FORGIVING_S,
+    SLOW_MIB_S,
+    Site,
+    end_guests,
+    frozen,
+    hurry,
+    in_order,
+    migrate,
+    pair,
+    phase_of,
+    slowly,
+    stage_of,
+    ticks_on,
+    two_sites,
+)
 from tests.services import missing
 from worker.network import scripts
+from worker.operations.ledger import ATTEMPTS_MAX
 
 pytestmark = pytest.mark.node
 
@@ -85,6 +102,43 @@ def test_a_guest_moves_and_its_counter_goes_on(both: list[TestNode]) -> None:
     view = b.info("web1")
     assert (view["node"], view["state"]) == ("n2", "running")
     assert a.qemu_pids() == []
+
+
+def test_a_report_compares_with_a_prediction_for_the_same_limits_alone(both: list[TestNode]) -> None:
+    a, b = both
+    booted(a)
+    foretold = migrate(a, b, dry_run=True, sample_s=0.1, downtime_ms=500)["prediction"]
+    migrate(a, b, dry_run=True, sample_s=0.1, bandwidth_mib_s=8)
+    assert migrate(a, b, downtime_ms=500)["prediction"] == foretold
+
+
+def test_the_log_of_the_source_says_that_a_guest_moved(both: list[TestNode]) -> None:
+    a, b = both
+    booted(a)
+    began = a.log_path.stat().st_size
+    migrate(a, b)
+    said = a.log_path.read_bytes()[began:].decode()
+    assert "it moved to node n2" in said and "stopped by force" not in said
+
+
+def test_a_failure_says_in_which_phase(both: list[TestNode]) -> None:
+    a, b = both
+    before = booted(a)
+    job = slowly(a, b, deadline_s=0.1)
+    with pytest.raises(OperationFailed) as failed:
+        job.wait(30)
+    assert (failed.value.code, failed.value.details["phase"]) == ("MIGRATION_FAILED", "transfer")
+    assert failed.value.details["migration_id"] == job.id
+    job = slowly(a, b)
+    with frozen(b):
+        hurry(a)
+        until(lambda: stage_of(a, job) == "moved", what="the target has all")
+        for pid in b.qemu_pids():
+            os.kill(pid, SIGKILL)
+    with pytest.raises(OperationFailed) as failed:
+        job.wait(30)
+    assert (failed.value.code, failed.value.details["phase"]) == ("MIGRATION_FAILED", "finalize")
+    assert ticks_on(a, "web1", before) > before
 
 
 def test_it_goes_there_and_back_many_times(both: list[TestNode]) -> None:
@@ -286,6 +340,38 @@ def test_a_master_that_gives_up_between_two_steps_leaves_nothing(both: list[Test
     assert b.do("migration.finalize", migration_id=info["migration_id"], success=False)["removed"]
     assert a.failure("migration.run", name="web1", accepted=info).code == "MIGRATION_FAILED"
     assert ticks_on(a, "web1", before) > before
+
+
+def test_an_accept_that_failed_is_over_when_its_master_gives_up(both: list[TestNode]) -> None:
+    a, b = both
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        before = booted(a, hvparams={"migration_port": taken.getsockname()[1]})
+        info = a.do("migration.info", name="web1", target="n2")
+        assert b.failure("migration.accept", info=info).code == "MIGRATION_FAILED"
+    b.do("migration.finalize", migration_id=info["migration_id"], success=False)
+    assert a.do("migration.report", id=info["migration_id"])["stage"] == "done"
+    assert "given up" in a.failure("migration.run", name="web1", accepted=info).message
+    assert b.failure("migration.accept", info=info).code == "MIGRATION_FAILED"
+    assert ticks_on(a, "web1", before) > before
+    assert in_order(both) == []
+
+
+def test_a_step_that_died_too_often_while_it_sent_memory_leaves_nothing(both: list[TestNode]) -> None:
+    a, b = both
+    before = booted(a)
+    info = a.do("migration.info", name="web1", target="n2", bandwidth_mib_s=SLOW_MIB_S)
+    run = a.send("migration.run", name="web1", accepted=b.do("migration.accept", info=info))
+    until(lambda: phase_of(a, run) == "transfer", what="memory is on its way")
+    with a.database().transaction() as session:
+        session.execute(update(Job).where(Job.id == run.id).values(attempts=2 * ATTEMPTS_MAX))
+    a.restart_worker()
+    with pytest.raises(OperationFailed):
+        run.wait(60)
+    until(lambda: a.do("migration.report", id=info["migration_id"])["stage"] == "done", FORGIVING_S)
+    until(lambda: not b.qemu_pids(), FORGIVING_S, what="nothing waits on the target")
+    assert ticks_on(a, "web1", before) > before
+    assert in_order(both, Sent(run.id, frozenset({"MIGRATION_FAILED", "INTERNAL"}))) == []
+    assert migrate(a, b)["node"] == "n2"
 
 
 def test_the_source_s_uid_is_free_again(both: list[TestNode]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from hostler.client import Job
 from hostler.errors import OperationFailed
+from hostler.job import Job
 from models import Job as JobRow
 from models import utc_now
 from tests.faults.bed import QEMU_SCRIPT
@@ -130,13 +130,14 @@ def test_without_live_the_guest_runs_again(both: list[TestNode]) -> None:
     ends_revoked(both, job, before)
 
 
-def test_one_that_waits_for_the_instance_never_begins(both: list[TestNode]) -> None:
+@pytest.mark.parametrize("cancel", [by_client, by_celery])
+def test_one_that_waits_for_the_instance_never_begins(both: list[TestNode], cancel: Cancel) -> None:
     a, b = both
     before = started(a)
     first = slowly(a, b)
     second = a.send("instance.migrate", name="web1", target="n2")
     until(lambda: (row := job_row(a, second.id)) and row.state == "WAITING", what="it waits")
-    second.cancel()
+    cancel(a, second)
     with pytest.raises(OperationFailed) as failed:
         second.wait(30)
     assert failed.value.code == "CANCELLED"
@@ -145,6 +146,24 @@ def test_one_that_waits_for_the_instance_never_begins(both: list[TestNode]) -> N
     assert ticks_on(b, "web1", before) > before
     assert stage_of(a, second) == ""
     assert in_order(both, Sent(first.id), Sent(second.id, frozenset({"REVOKED"}))) == []
+
+
+def test_without_its_id_the_first_one_that_waits_is_cancelled_where_none_has_begun(both: list[TestNode]) -> None:
+    a, _ = both
+    before = started(a)
+    waiting: list[Job] = []
+    for _ in range(2):
+        waiting.append(a.send("instance.migrate", name="web1", target="n2", after=["never-sent"]))
+        until(lambda: (row := job_row(a, waiting[-1].id)) and row.state == "WAITING", what="it waits")
+    for job in waiting:
+        answer = a.do("instance.migrate_cancel", name="web1")
+        assert (answer["id"], answer["outcome"]) == (job.id, "revoked")
+        with pytest.raises(OperationFailed) as failed:
+            job.wait(30)
+        assert failed.value.code == "CANCELLED"
+    assert a.failure("instance.migrate_cancel", name="web1").code == "NOT_RUNNING"
+    assert ticks_on(a, "web1", before) > before
+    assert in_order(both, *(Sent(job.id, frozenset({"REVOKED"})) for job in waiting)) == []
 
 
 @pytest.mark.parametrize("cancel", WAYS)

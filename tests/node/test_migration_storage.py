@@ -231,6 +231,21 @@ def test_a_silent_source_does_not_keep_the_target_from_closing_its_disks(place: 
         source.until_counting()
 
 
+def test_a_worker_that_died_while_it_finished_is_followed_by_one_that_does(place: Path, loop: EventLoop) -> None:
+    with pair(place, loop) as (source, target, address):
+        when_ready(source, target, address)
+        source.ask("migrate", {"uri": f"tcp:{HOST}:{prepare(source, target)}"})
+        source.until_migration("pre-switchover")
+        source.ask("block-job-cancel", {"device": "mirror-disk0", "force": False})
+        until(lambda: [each.status for each in storage.mirrors(source.monitor)] == ["concluded"])
+        with pytest.raises(MigrationFailed, match="ended by somebody else"):
+            storage.finish_mirrors(source.monitor, source.changed)
+        for _ in range(2):
+            storage.finish_mirrors(source.monitor, source.changed, again=True)
+        assert source.nbd_is_left() == []
+        assert same(place / "here.img", "raw", place / "there.img", "raw")
+
+
 def test_what_is_not_copied_yet_cannot_be_finished(place: Path, loop: EventLoop) -> None:
     with pair(place, loop) as (source, target, address):
         while_copying(source, target, address)

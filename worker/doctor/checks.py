@@ -23,6 +23,7 @@ HOST_CHECKS: dict[str, Callable[[], Check]] = {
 NODE_CHECKS: dict[str, Callable[[Settings], Check]] = {
     "qemu": virtualization.qemu,
     "kvm": virtualization.kvm,
+    "cgroups": host.control_groups,
     "state_dir": host.state_dir,
     "run_dir": host.run_dir,
     "embedded_server": services.embedded_server,

@@ -15,6 +15,7 @@ import psutil
 
 from hostler.settings import Settings
 from worker.doctor.check import Check, Status, install
+from worker.isolation import cgroups
 
 PYTHON_MIN = (3, 11)
 PINNED = {"celery": "5.6.3", "kombu": "5.6.2", "redis": "6.4.0"}
@@ -55,6 +56,11 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def control_groups(settings: Settings) -> Check:
+    """Whether guests can be given limits of memory and processor time."""
+    return Check("cgroups", "ok", cgroups.of_host(settings.cgroups, prepare=False).about)
 
 
 def hardware() -> Check:

@@ -35,7 +35,7 @@ def build(instance: Instance, host: HostPart) -> list[Option]:
         *kernel(hvparams),
         *disks(instance, host),
         *cdroms(instance, host),
-        *floppy(hvparams),
+        *floppy(hvparams, host),
         *nics(instance, host),
         *graphics(hvparams),
         *usb(hvparams),

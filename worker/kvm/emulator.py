@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +37,22 @@ _QMP_ARGV = ("-no-user-config", "-nodefaults", "-display", "none", "-S", "-machi
 # What QEMU calls an architecture where its name differs from what uname(2) says.
 _DEBIAN_PACKAGE = {"x86_64": "x86", "i386": "x86", "aarch64": "arm", "s390x": "s390x"}
 _QEMU_ARCH = {"i586": "i386", "i686": "i386", "ppc64le": "ppc64", "armv7l": "arm", "armv6l": "arm", "arm64": "aarch64"}
+
+_DIES_WITH_US = """\
+import ctypes, os, sys
+parent, argv = int(sys.argv[1]), sys.argv[2:]
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() != parent:
+    sys.exit("the worker has ended")
+try:
+    os.execv(argv[0], argv)
+except OSError as exc:
+    sys.exit(f"{argv[0]} cannot be run: {exc.strerror}")
+"""
+"""PR_SET_PDEATHSIG, SIGKILL: a worker that is killed ends nothing, and no QEMU ends because its monitor is closed.
+
+Set by a program of its own: between fork and exec of a process with threads nothing may be done. It outlives the exec,
+and is sent when the thread ends that started the process, which waits for it."""
 
 
 class EmulatorMissing(QemuFailed):
@@ -170,12 +187,19 @@ def short_lived(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process with pipes on stdin and stdout that is gone, reaped, and its whole session with it, on leaving.
 
-    After ``timeout_s`` it is killed, which ends any read that waits for it. Do not reap it inside. Raises
-    EmulatorBroken if it cannot be started.
+    After ``timeout_s`` it is killed, which ends any read that waits for it; also when this process is killed. Do not
+    reap it inside. One that cannot be run ends at once and says so on ``stderr``. Raises EmulatorBroken if nothing can
+    be started at all.
     """
+    dying = (sys.executable, "-IS", "-c", _DIES_WITH_US, str(os.getpid()))
     try:
         process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True, cwd=cwd
+            (*dying, *argv),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            cwd=cwd,
         )
     except OSError as exc:
         raise EmulatorBroken(f"{argv[0]} cannot be run: {exc.strerror}") from exc

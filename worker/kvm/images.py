@@ -62,6 +62,25 @@ def create(path: str, format: str, size_bytes: int) -> None:
     _run("create", "-q", "-f", format, path, str(size_bytes))
 
 
+def room_bytes(size_bytes: int) -> int:
+    """How large a qcow2 file can become whose guest writes to all of its disk of ``size_bytes``. Raises QemuFailed."""
+    return int(_ask("measure", "-O", "qcow2", "--size", str(size_bytes))["fully-allocated"])
+
+
+def format_device(path: str, size_bytes: int, backing: tuple[str, str] | None = None) -> None:
+    """An empty qcow2 image in a block device that is there; what was in it is lost. Raises QemuFailed."""
+    # -u: it does not look into the file below, which a running QEMU may have locked.
+    below = ["-u", "-b", backing[0], "-F", backing[1]] if backing else []
+    _run("create", "-q", "-f", "qcow2", *below, path, str(size_bytes))
+
+
+def blank_device(path: str, size_bytes: int) -> None:
+    """Write zeros to the beginning of a block device. Raises QemuFailed, also where a QEMU has it open."""
+    with tempfile.NamedTemporaryFile() as zeros:
+        zeros.truncate(size_bytes)
+        _run("convert", "-n", "-f", "raw", "-O", "raw", zeros.name, path)
+
+
 def create_overlay(path: str, base: str, base_format: str, size_bytes: int | None = None) -> None:
     """A new qcow2 file on top of ``base``, with its owner and mode. Raises QemuFailed as ``create`` does.
 

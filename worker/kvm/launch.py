@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hostler.payloads import Instance
 from worker.errors import QemuFailed, QmpLost
 from worker.kvm.arguments import HostPart, TapFds, build, render
+from worker.kvm.command_line.disks import images_of
 from worker.kvm.command_line.options import Confinement
+from worker.kvm.devices import driver_of
 from worker.kvm.folder import GuestFolder
 from worker.kvm.prepared import prepare
 from worker.kvm.process import QemuProcess
@@ -53,15 +55,18 @@ def spawn(
     uuid: str,
     accelerator: str,
     confinement: Confinement = Confinement(),  # noqa: B008  (frozen)
+    through: Sequence[str] = (),
     incoming: bool = False,
     machine_uuid: str = "",
 ) -> QemuProcess:
     """Start QEMU with the guest stopped before its first instruction. Raises QemuFailed when it cannot be executed.
 
+    ``through``: a program and its arguments that prepares its process and then executes QEMU in it.
     ``incoming``: it waits for a guest of another node, see ``worker.kvm.live_migration``, whose machine has
     ``machine_uuid``.
     """
     prepared = prepare(instance, folder)
+    drivers = {path: driver_of(path) for path in images_of(instance)}
     host = HostPart(
         uuid=uuid,
         accelerator=accelerator,
@@ -71,7 +76,8 @@ def spawn(
         agent_fd=prepared.agent_fd,
         password_fds=prepared.password_fds,
         tap_fds=tap_fds,
-        block_devices=frozenset(disk.path for disk in instance.disks if Path(disk.path).is_block_device()),
+        block_devices=frozenset(path for path, driver in drivers.items() if driver != "file"),
+        cd_drives=frozenset(path for path, driver in drivers.items() if driver == "host_cdrom"),
         confinement=confinement,
         seed_path=str(folder.seed),
         incoming=incoming,
@@ -84,7 +90,9 @@ def spawn(
         _handshake(), folder.open_for_append(folder.journal), folder.open_for_append(folder.log), *prepared.fds
     ]  # fmt: skip
     try:
-        return QemuProcess.spawn(argv, pass_fds=inherited, stdin=opened[0], stdout=opened[1], stderr=opened[2])
+        return QemuProcess.spawn(
+            [*through, *argv], pass_fds=inherited, stdin=opened[0], stdout=opened[1], stderr=opened[2]
+        )
     except OSError as exc:
         raise QemuFailed(f"cannot execute {binary}: {exc.strerror}") from exc
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 
 from worker.errors import QemuFailed
 from worker.kvm import images
+from worker.kvm.devices import driver_of
 from worker.kvm.qmp import Monitor
 
 
@@ -42,5 +43,5 @@ def _below(monitor: Monitor, path: str) -> dict[str, Any] | None:
     file, driver = below
     if not driver:
         raise QemuFailed(f"{path} does not say in which format the file is that it lies on ({file})")
-    layer = {"driver": driver, "read-only": True, "file": {"driver": "file", "filename": file}}
+    layer = {"driver": driver, "read-only": True, "file": {"driver": driver_of(file), "filename": file}}
     return _by_descriptor(monitor, layer)

@@ -27,13 +27,13 @@ Problem = tuple[str, str]
 
 def check(node: NodeContext, instance: Instance) -> tuple[list[Problem], list[Problem]]:
     """(errors, warnings), each a list of (field, reason). Raises EmulatorMissing or EmulatorBroken without a QEMU."""
-    errors = [*_invalid(node, instance), *hardware.unsupported(instance)]
+    errors = [*_invalid(node, instance), *_unsupported(node, instance)]
     return _named(errors), [*assess(instance), *_named([*_nic_warnings(node, instance), *isolating.warnings(instance)])]
 
 
 def require_valid(node: NodeContext, instance: Instance) -> None:
     """Raises InvalidArgument with every problem, or Unsupported where all is valid but not all can be done yet."""
-    invalid, unsupported = _invalid(node, instance), hardware.unsupported(instance)
+    invalid, unsupported = _invalid(node, instance), _unsupported(node, instance)
     errors = [{"field": field, "reason": reason} for field, reason in _named(invalid + unsupported)]
     if invalid:
         raise InvalidArgument(errors)
@@ -69,6 +69,10 @@ def _invalid(node: NodeContext, instance: Instance) -> list[Problem]:
         *isolating.problems(node, instance),
     ]
     return found or [*_below_snapshots(node, instance), *_disks_in_use(node, instance)]
+
+
+def _unsupported(node: NodeContext, instance: Instance) -> list[Problem]:
+    return [*hardware.unsupported(instance), *isolating.unsupported(node, instance)]
 
 
 def _named(problems: list[Problem]) -> list[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -14,11 +14,13 @@ from typing import Any
 from hostler.settings import Settings
 from models import Database, utc_now
 from worker.errors import Cancelled
+from worker.isolation import cgroups
 from worker.kvm import accelerator, emulator
 from worker.kvm.emulator import Features
 from worker.kvm.qmp import EventLoop
 from worker.network import links, scripts
-from worker.operations.ledger import Ledger
+from worker.operations.ledger import Also, Ledger, nothing_else
+from worker.operations.steps import HandedOver, Step
 
 CANCEL_POLL_S = 0.1
 """How soon a job that waits hears of a cancel."""
@@ -74,6 +76,11 @@ class NodeContext:
         with self._probing:
             return accelerator.kvm_works(self.qemu_binary, self.cache_dir)
 
+    @cached_property
+    def cgroups(self) -> cgroups.Groups:
+        """How this host limits what guests use."""
+        return cgroups.of_host(self.settings.cgroups)
+
     @property
     def migration_host(self) -> str:
         """The address on which this node receives guests."""
@@ -117,35 +124,59 @@ class JobContext:
     deaths: int = 0
     current_phase: str = "received"
     whole: Whole | None = None
+    at_success: Also = nothing_else
+    """What else becomes true in the transaction that records the job's success; it must not raise."""
     _cancel: threading.Event = field(default_factory=threading.Event, repr=False)
     _committed: bool = False
     _deciding: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def phase(self, phase: str, percent: int, message: str) -> None:
+    def phase(self, phase: str, percent: int, message: str, also: Also = nothing_else) -> None:
         """Record in SQL, then tell whoever watches; the telling never waits and never fails the operation.
 
-        Raises Cancelled, before anything is recorded, when the job was asked to give up and still can.
+        ``also`` changes what else is true from the same moment on: one commit, of which all is there or nothing.
+        Raises Cancelled, before anything is recorded, when the job was asked to give up and still can; what ``also``
+        raises, nothing is recorded either.
         """
         self.check_cancelled()
         ledger, whole = self.node.ledger, self.whole
+        of_whole = None
         if whole is None:
-            stored = ledger.advance(self.id, phase, percent, message)
+            stored = ledger.advance(self.id, phase, percent, message, also)
         else:
             there = whole.job_id, whole.phase, whole.percent(percent)
-            stored, of_whole = ledger.advance_step(self.id, phase, percent, message, there)
-            if of_whole is not None:
-                whole.publish(self._meta(whole.phase, of_whole, message))
+            stored, of_whole = ledger.advance_step(self.id, phase, percent, message, there, also)
         self.current_phase = phase
-        self._tell(stored, message)
+        if whole and of_whole is not None:  # whoever watches does so there
+            whole.publish(self._meta(whole.phase, of_whole, message))
+        else:
+            self._tell(stored, message)
+
+    def hand_over(
+        self,
+        steps: Sequence[Step],
+        deadline_s: float,
+        *,
+        phase: tuple[str, int, str] | None = None,
+        also: Also = nothing_else,
+    ) -> HandedOver:
+        """Give other jobs parts of this one, which waits for them; to be raised at once, for this attempt is over.
+
+        ``phase`` and ``also`` are as in ``phase``, at the same moment. Safe to repeat.
+        """
+        wakeups = self.node.ledger.hand_over(self.id, steps, deadline_s, phase=phase, also=also)
+        if phase:
+            self.current_phase = phase[0]
+            self._tell(*phase[1:])
+        return HandedOver(wakeups)
 
     def progress(self, percent: int, message: str) -> None:
         """How far the present phase has come, as ``phase`` but without an entry in the job's history."""
         self.check_cancelled()
         self._tell(self.node.ledger.progress(self.id, percent, message), message)
 
-    def migrating(self, percent: int, message: str, live_migration: dict[str, Any]) -> None:
+    def migrating(self, percent: int, message: str, live_migration: dict[str, Any], also: Also = nothing_else) -> None:
         """How a live migration goes, in the contract's words. Never raises Cancelled: who follows it decides."""
-        stored = self.node.ledger.progress(self.id, percent, message, live_migration)
+        stored = self.node.ledger.progress(self.id, percent, message, live_migration, also)
         self.publish(self._meta(self.current_phase, stored, message) | {"live_migration": live_migration})
 
     def _tell(self, stored: int, message: str) -> None:

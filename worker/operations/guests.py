@@ -51,7 +51,7 @@ class Guest:
     ``unplugged`` is set when the guest has let go of a device, or has refused to: time to look which devices there are.
     ``job_changed`` likewise, when one of QEMU's jobs has got another status, ``migration_changed`` when a live
     migration has, and ``tuned`` when somebody changed its limits. ``stopped_at`` is when its processors last stopped,
-    as QEMU says.
+    as QEMU says. ``ended_as`` is why, where it was ended because its guest is elsewhere.
     """
 
     def __init__(self, name: str, uuid: str, process: QemuProcess, folder: GuestFolder) -> None:
@@ -61,6 +61,7 @@ class Guest:
         self.folder = folder
         self.monitor: Monitor | None = None
         self.killed_by_us = False
+        self.ended_as: Ending | None = None
         self.shutdown: Event | None = None
         self.ending: Ending | None = None
         self.ended = threading.Event()
@@ -207,12 +208,16 @@ class Guests:
                     row.state = state
             guest.unrecorded = False
 
+    def observe_soon(self, guest: Guest) -> None:
+        """As ``observe``, without waiting for it."""
+        self._workers.submit(self.observe, guest)
+
     def _process_ended(self, guest: Guest) -> None:
         self._node.loop.loop.remove_reader(guest.process.pidfd)
         self._workers.submit(self._handle_end, guest)
 
     def _handle_end(self, guest: Guest) -> None:
-        guest.ending = self._judge(guest)
+        guest.ending = guest.ended_as or self._judge(guest)
         log.info("guest ended", instance=guest.name, state=guest.ending.state, reason=guest.ending.reason)
         if not self._release_patiently(guest, guest.ending):
             return
@@ -278,8 +283,9 @@ def release(node: NodeContext, name: str, uuid: str, ending: Ending) -> list[str
         row = runtime_of(session, node.name, name, for_update=True)
         if row is None or row.uuid != uuid:
             return []
-        row.ending = row.ending or asdict(ending)
-        ending = Ending(**row.ending)
+        if row.instance.node == node.name:
+            row.ending = row.ending or asdict(ending)
+            ending = Ending(**row.ending)
         spec, taps, folder = row.instance.spec, row.taps, GuestFolder(Path(row.run_dir))
     removed = [disconnect(node, name, spec["tags"], tap) for tap in taps]
     removed += isolating.remove_folder(node, name, folder)

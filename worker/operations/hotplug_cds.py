@@ -10,6 +10,7 @@ from hostler.payloads import CdEjectArguments, CdInsertArguments, Instance, Inst
 from worker.errors import OperationError, QemuFailed, QmpLost, TimedOut
 from worker.kvm import drives
 from worker.kvm.command_line.disks import CD_DRIVES, CDROMS, cd_image, cdrom_types
+from worker.kvm.devices import driver_of
 from worker.kvm.opening import open_image
 from worker.operations import checks, hotplug
 from worker.operations.block_jobs import quietly
@@ -101,7 +102,7 @@ def _opened(change: Change, slot: _Slot, path: str, *, begun: bool) -> str:
         return current
     node = next(name for name in slot.nodes if name != current)
     close_image(change, node)
-    open_image(monitor, cd_image(node, path), confined=change.instance.hvparams.is_confined)
+    open_image(monitor, cd_image(node, path, driver_of(path)), confined=change.instance.hvparams.is_confined)
     return node
 
 

@@ -12,10 +12,11 @@ import structlog
 from sqlalchemy import or_, select
 
 from hostler.errors import InvalidArgument
+from hostler.hvchecks import LIMITS
 from hostler.payloads import Instance
 from models import DiskLease, Runtime, runtime_of
-from worker.errors import Unsupported
-from worker.isolation import acl
+from worker.errors import QemuFailed, Unsupported
+from worker.isolation import acl, cgroups
 from worker.isolation.in_use import uids_in_use
 from worker.kvm.command_line.disks import CDROMS
 from worker.kvm.command_line.options import Confinement
@@ -127,9 +128,33 @@ def take_back(node: NodeContext, hardware: object, uuid: str, uid: int | None) -
     return [] if freed is None else [f"uid {freed}"]
 
 
+def enter_group(node: NodeContext, instance: Instance, uuid: str) -> list[str]:
+    """Make the control group of the instance's QEMU. Returns what puts QEMU into it, before its command line.
+
+    Raises QemuFailed; then there is none.
+    """
+    hvparams = instance.hvparams
+    limits = cgroups.Limits(
+        memory_max_bytes=hvparams.cgroup_memory_max_mib * 2**20 or None,
+        cpu_max_percent=hvparams.cgroup_cpu_max_percent or None,
+        cpu_weight=hvparams.cgroup_cpu_weight or None,
+    )
+    try:
+        return node.cgroups.enter(uuid, limits)
+    except OSError as exc:
+        raise QemuFailed(f"QEMU's control group cannot be made: {exc.filename}: {exc.strerror}") from exc
+
+
 def remove_folder(node: NodeContext, name: str, folder: GuestFolder) -> list[str]:
-    """Remove the guest's folder; what is in its chroot is put into quarantine first. Returns both, for people."""
+    """Remove the guest's folder and its control group; what is in its chroot is put into quarantine first.
+
+    Returns all that, for people.
+    """
     removed = quarantine.put_aside(node, name, folder)
+    try:
+        removed += ["control group"] if node.cgroups.remove(folder.path.name) else []
+    except OSError as exc:
+        log.warning("a guest's control group was left", path=exc.filename, reason=exc.strerror)
     return [*removed, f"folder {folder.path}"] if folder.remove() else removed
 
 
@@ -140,6 +165,13 @@ def problems(node: NodeContext, instance: Instance) -> Iterator[Problem]:
             uid = pwd.getpwnam(instance.hvparams.security_domain).pw_uid
             if uid_pool.is_member(node, uid):
                 yield "hvparams.security_domain", f"its uid {uid} belongs to the pool of node {node.name}"
+
+
+def unsupported(node: NodeContext, instance: Instance) -> Iterator[Problem]:
+    """Limits that this host cannot set."""
+    for name in LIMITS:
+        if getattr(instance.hvparams, name) and not node.cgroups.limits:
+            yield f"hvparams.{name}", node.cgroups.about
 
 
 def warnings(instance: Instance) -> Iterator[Problem]:

@@ -11,10 +11,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hostler.contract import FINAL_JOB_STATES, ErrorCode, JobState
-from models import InstanceLock, Job, JobParent, utc_now
+from hostler.payloads import HELD_TASKS
+from models import InstanceLock, Job, JobParent, Node, utc_now
 from worker.operations.receipts import Decision, Verdict, Wakeup
 
-PARENTS, INSTANCE, LIMIT = "parents", "instance", "limit"
+PARENTS, INSTANCE, LIMIT, HOLD = "parents", "instance", "limit", "hold"
 """What a WAITING job waits on."""
 
 STEPS = "steps"
@@ -37,6 +38,47 @@ def go_on(job: Job) -> Wakeup:
     job.resumes += 1
     job.retry_at = None
     return make_ready(job)
+
+
+def whole_of(session: Session, step: Job) -> list[Wakeup]:
+    """The job that waited for a step which has ended, to be taken up again; none where it waits no longer.
+
+    One that was made ready and not taken up yet is named again: its message may not have been sent.
+    """
+    if step.step_of is None:
+        return []
+    whole = session.scalar(select(Job).where(Job.id == step.step_of).with_for_update())
+    if whole and whole.waits_on == STEPS and step.id in whole.waiting_for:
+        return [go_on(whole)]
+    return [wakeup(whole)] if whole and whole.state == JobState.PENDING else []
+
+
+def held_back(session: Session, job: Job) -> str | None:
+    """Why the job's node does not begin it now; None where it does. A job that has begun, or is a part of one, goes on.
+
+    Asked without a lock: whoever ends the hold looks again for jobs that had not seen that.
+    """
+    if job.task not in HELD_TASKS or job.attempts or job.step_of:
+        return None
+    held = session.execute(select(Node.held_at, Node.held_reason).where(Node.name == job.node)).first()
+    if held is None or held.held_at is None:
+        return None
+    since = held.held_at.isoformat(timespec="seconds")
+    return f"node {job.node} holds its jobs back since {since}" + (f": {held.held_reason}" if held.held_reason else "")
+
+
+def hold(job: Job, message: str) -> Decision:
+    """Let a job wait until its node begins jobs again. It keeps its instance: those sent after it stay behind it."""
+    job.state, job.waits_on, job.waiting_for, job.message = JobState.WAITING, HOLD, [], message
+    return Decision(Verdict.WAIT, message=message)
+
+
+def held(session: Session, node: str) -> list[Job]:
+    """The jobs that a node has held back and need not any more, in their order."""
+    if session.scalar(select(Node.held_at).where(Node.name == node)) is not None:
+        return []
+    waiting = select(Job).where(Job.node == node, Job.state == JobState.WAITING, Job.waits_on == HOLD)
+    return [*session.scalars(waiting.order_by(Job.sequence))]
 
 
 def park(job: Job, waits_on: str, waiting_for: list[str]) -> Decision:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -28,6 +28,7 @@ from hostler.payloads import EXCLUSIVE_TASKS, SLOTS, instance_of
 from models import Database, Incarnation, InstanceLock, Job, JobParent, Node, utc_now
 from worker.errors import InstanceBusy, UnknownJob, Unsupported
 from worker.operations.job_rows import (
+    HOLD,
     INSTANCE,
     LIMIT,
     PARENTS,
@@ -38,6 +39,9 @@ from worker.operations.job_rows import (
     give_up_slot,
     go_on,
     hand_on,
+    held,
+    held_back,
+    hold,
     holds_instance,
     locked_lock,
     locked_with_instance,
@@ -48,6 +52,7 @@ from worker.operations.job_rows import (
     revoke,
     waiting_children,
     wakeup,
+    whole_of,
 )
 from worker.operations.patience import patient
 from worker.operations.receipts import CancelOutcome, Decision, Ended, Receipt, Verdict, Wakeup
@@ -87,6 +92,14 @@ TOMBSTONE = "unknown"
 
 NOTE = "recover"
 """In a job's history, what was decided when it was taken up again; not a phase of it."""
+
+Also = Callable[[Session], object]
+"""What else is changed in a transaction of the ledger's; may be called more than once. A phase locks its job after it,
+since it may lock a node; all others before it, since it may insert what refers to the job."""
+
+
+def nothing_else(_session: Session) -> None:
+    """What else is changed mostly."""
 
 
 class Ledger:
@@ -160,6 +173,8 @@ class Ledger:
         if holder:
             session.flush()  # it gets its place in the order
             return park(job, INSTANCE, [holder, *ahead(session, job)])
+        if reason := held_back(session, job):
+            return hold(job, reason)
         if not job.slot_taken and (running := self._class_is_full(session, job)):
             return park(job, LIMIT, running)
         return self._claim(job)
@@ -232,9 +247,10 @@ class Ledger:
     # Running
 
     @patient
-    def advance(self, job_id: str, phase: str, percent: int, message: str) -> int:
+    def advance(self, job_id: str, phase: str, percent: int, message: str, also: Also = nothing_else) -> int:
         """Record a phase before its side effect. Returns the percentage as stored: it never falls."""
         with self._database.transaction() as session:
+            also(session)
             job = owned_job(session, job_id)
             job.state = JobState.PROGRESS
             self._enter(job, phase, percent, message)
@@ -242,7 +258,13 @@ class Ledger:
 
     @patient
     def advance_step(
-        self, job_id: str, phase: str, percent: int, message: str, whole: tuple[str, str, int]
+        self,
+        job_id: str,
+        phase: str,
+        percent: int,
+        message: str,
+        whole: tuple[str, str, int],
+        also: Also = nothing_else,
     ) -> tuple[int, int | None]:
         """As ``advance``, for a step, and for the job it belongs to: its id, its phase and its percentage.
 
@@ -250,6 +272,7 @@ class Ledger:
         """
         whole_id, its_phase, its_percent = whole
         with self._database.transaction() as session:
+            also(session)
             job = owned_job(session, job_id)
             job.state = JobState.PROGRESS
             self._enter(job, phase, percent, message)
@@ -264,12 +287,20 @@ class Ledger:
         job.percent = max(job.percent, percent)
         job.phases = [*job.phases, {"phase": phase, "at": utc_now().isoformat(), "message": message}]
 
-    def progress(self, job_id: str, percent: int, message: str, live_migration: dict[str, Any] | None = None) -> int:
+    def progress(
+        self,
+        job_id: str,
+        percent: int,
+        message: str,
+        live_migration: dict[str, Any] | None = None,
+        also: Also = nothing_else,
+    ) -> int:
         """Record how far a job has come within its phase. Returns the percentage as stored: it never falls."""
         with self._database.transaction() as session:
             job = owned_job(session, job_id)
             job.percent, job.message = max(job.percent, percent), message
             job.live_migration = live_migration or job.live_migration
+            also(session)
             return job.percent
 
     def knows(self, job_id: str) -> bool:
@@ -296,18 +327,34 @@ class Ledger:
 
     # Steps, mostly on other nodes
 
-    def hand_over(self, job_id: str, steps: Sequence[Step], deadline_s: float) -> list[Wakeup]:
+    def hand_over(
+        self,
+        job_id: str,
+        steps: Sequence[Step],
+        deadline_s: float,
+        *,
+        phase: tuple[str, int, str] | None = None,
+        also: Also = nothing_else,
+    ) -> list[Wakeup]:
         """Have other jobs do parts of a job, which waits for them from now on without a worker.
 
         The job is woken when one of the steps has ended, when ``deadline_s`` are over, or when it is cancelled. Safe to
         repeat: a step that is there already is waited for. Returns whose messages are to be sent.
+
+        ``phase`` (with its percentage and message) is entered at the same moment.
         """
         with self._database.transaction() as session:
             job = owned_job(session, job_id)
+            also(session)
+            if phase:
+                self._enter(job, *phase)
+            known = set(session.scalars(select(Job.id).where(Job.id.in_([step.id for step in steps]))))
             parts = [self._part(session, job, step) for step in steps]
             job.state, job.claimed_by, job.waits_on = JobState.PROGRESS, None, STEPS
             job.waiting_for, job.retry_at = [part.id for part in parts], utc_now() + timedelta(seconds=deadline_s)
             wakeups = [wakeup(part) for part in parts if part.state == JobState.PENDING]
+        if not known:
+            return wakeups  # nobody could see them before, and whoever ends one sees that the job waits
         # Looked at once it is there for all to see that the job waits: a step may have ended meanwhile.
         ended = Ended()
         self._settle_child(job_id, ended)
@@ -337,9 +384,9 @@ class Ledger:
 
     # Ending
 
-    def succeed(self, job_id: str, result: Any) -> Ended:
+    def succeed(self, job_id: str, result: Any, also: Also = nothing_else) -> Ended:
         """Record success. Returns what has to be done about the jobs that waited for it."""
-        return self._finish(job_id, JobState.SUCCESS, result=result)
+        return self._finish(job_id, JobState.SUCCESS, result=result, also=also)
 
     def fail(self, job_id: str, error: dict[str, Any]) -> Ended:
         """Record failure with ``{"code", "message", "details"}``. Returns as ``succeed`` does."""
@@ -350,16 +397,24 @@ class Ledger:
         return self._finish(job_id, JobState.REVOKED, error=cancelled(message))
 
     def _finish(
-        self, job_id: str, state: JobState, *, result: Any = None, error: dict[str, Any] | None = None
+        self,
+        job_id: str,
+        state: JobState,
+        *,
+        result: Any = None,
+        error: dict[str, Any] | None = None,
+        also: Also = nothing_else,
     ) -> Ended:
         with self._database.transaction() as session:
             lock, job = locked_with_instance(session, job_id)
+            also(session)
             if job.state not in FINAL_JOB_STATES:  # as it is when this is repeated after a commit of unknown outcome
                 job.state, job.result, job.error = state, result, error
                 job.finished_at = utc_now()
                 if state == JobState.SUCCESS:
                     job.percent = 100
             slot, ended = give_up_slot(job), Ended(hand_on(session, lock, job_id))
+            ended.wakeups += whole_of(session, job)
         return self._wake_others(job_id, slot, ended)
 
     def _wake_others(self, job_id: str, slot: str | None, ended: Ended) -> Ended:
@@ -624,7 +679,8 @@ class Ledger:
             return [wakeup(job) for job in jobs]
 
     def overdue(self) -> Ended:
-        """Jobs that wait on parents which have all ended, or on a class that has places: their waker died."""
+        """Jobs that wait on parents which have all ended, on a class that has places, or on a hold that is over: their
+        waker died."""
         ended = Ended()
         with self._database.reading() as session:
             on_parents = select(Job.id).where(
@@ -636,4 +692,16 @@ class Ledger:
             self._settle_child(job_id, ended)
         for slot in self._limits:
             ended.wakeups += self._fill_class(slot)
+        ended.wakeups += self.let_go()
         return ended
+
+    def let_go(self) -> list[Wakeup]:
+        """The jobs that this node held back until now; none while it does."""
+        with self._database.reading() as session:
+            found = [job.id for job in held(session, self._node)]
+        return [wakeup for job_id in found if (wakeup := self._let_one_go(job_id))]
+
+    def _let_one_go(self, job_id: str) -> Wakeup | None:
+        with self._database.transaction() as session:
+            job = owned_job(session, job_id)
+            return make_ready(job) if job.state == JobState.WAITING and job.waits_on == HOLD else None

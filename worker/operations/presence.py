@@ -127,6 +127,8 @@ def list_nodes(node: NodeContext, asking: str) -> list[dict[str, Any]]:
             "open_jobs": unfinished.get(name, 0),
             "drained_at": iso(marks[name].drained_at),
             "drained_by": marks[name].drained_by,
+            "held_at": iso(marks[name].held_at),
+            "held_reason": marks[name].held_reason,
             "fenced_at": iso(marks[name].fenced_at),
         }
         for name, found in presences(node.database).items()

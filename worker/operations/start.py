@@ -310,6 +310,7 @@ def _launch(attempt: Attempt, undo: ExitStack) -> Guest:
             incoming=attempt.incoming,
             machine_uuid=attempt.machine_uuid,
             confinement=isolating.confinement_of(instance, node.features(), folder, attempt.uid),
+            through=isolating.enter_group(node, instance, attempt.uuid),
         )
     finally:
         sockets.close()

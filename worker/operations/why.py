@@ -11,7 +11,7 @@ from models import InstanceLock, Job, utc_now
 from worker.errors import UnknownJob
 from worker.operations import presence
 from worker.operations.context import NodeContext
-from worker.operations.job_rows import INSTANCE, LIMIT, PARENTS, STEPS
+from worker.operations.job_rows import HOLD, INSTANCE, LIMIT, PARENTS, STEPS
 from worker.operations.views import iso, job_view
 
 
@@ -79,6 +79,8 @@ def _waiting(job: Job, others: dict[str, Job], lock: InstanceLock | None) -> tup
         return [f"instance {job.instance_name} is held{since} by", *ahead], f"hostler why {first} -n {job.node}"
     if job.waits_on == LIMIT:
         return [f"all places for {job.slot} jobs on node {job.node} are taken, by", *ahead], "wait, or raise the limit"
+    if job.waits_on == HOLD:
+        return [job.message], f"hostler unhold {job.node}"
     assert job.waits_on == PARENTS
     return ["it comes after", *ahead], f"hostler why {first} -n {job.node}"
 

@@ -56,6 +56,14 @@ def sent(monkeypatch: pytest.MonkeyPatch, client: Client) -> list[JobRequest]:
         ),
         (maintenance.undrain_command, ["n1"], TaskName.NODE_UNDRAIN, "n1", {}),
         (
+            maintenance.hold_command,
+            ["n1", "--reason", "new switch"],
+            TaskName.NODE_HOLD,
+            "n1",
+            {"reason": "new switch"},
+        ),
+        (maintenance.unhold_command, ["n1"], TaskName.NODE_UNHOLD, "n1", {}),
+        (
             maintenance.fence_command,
             ["n1", "--yes-it-is-off", "--restart-on", "n2,n3"],
             TaskName.NODE_FENCE,

@@ -171,9 +171,15 @@ def test_what_is_right_is_sent(arguments: list[str], capsys: pytest.CaptureFixtu
 
 
 def test_after_a_failed_migration_the_next_step_is_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = OperationFailed("MIGRATION_FAILED", "the deadline has passed")
+    failed = OperationFailed("MIGRATION_FAILED", "the deadline has passed", {"migration_id": "m1"})
     advise(failed, "j1", "n1", "web1")
-    assert "How it went: hostler migration-report j1 -n n1" in failed.__notes__
+    assert "How it went: hostler migration-report m1 -n n1" in failed.__notes__
+
+
+def test_what_failed_without_being_a_migration_has_no_report() -> None:
+    failed = OperationFailed("MIGRATION_FAILED", "2 of 3 guests did not leave", {"verdicts": []})
+    advise(failed, "drain1", "n1")
+    assert failed.__notes__ == ["Its history: hostler job drain1 --history -n n1"]
 
 
 # What people are shown

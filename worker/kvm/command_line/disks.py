@@ -40,6 +40,13 @@ def disks(instance: Instance, host: HostPart) -> Iterator[Option]:
         yield "-device", disk_device(instance, number, disk)
 
 
+def images_of(instance: Instance) -> list[str]:
+    """The paths of all that is in the guest's disks and drives."""
+    hvparams = instance.hvparams
+    media = [*(getattr(hvparams, field) for field in CDROMS), hvparams.floppy_image_path]
+    return [disk.path for disk in instance.disks] + [path for path in media if path]
+
+
 def disk_device(instance: Instance, number: int, disk: Disk) -> dict[str, Any]:
     """What the guest sees of a disk; its image is the block node ``diskNUMBER``."""
     hvparams, node = instance.hvparams, f"disk{number}"
@@ -58,23 +65,24 @@ def cdroms(instance: Instance, host: HostPart) -> Iterator[Option]:
         node = f"cdrom{CDROMS.index(field)}"
         path = getattr(hvparams, field) or (host.seed_path if field == CDROMS[-1] else "")
         if path:
-            yield "-blockdev", cd_image(node, path)
+            yield "-blockdev", cd_image(node, path, _driver(path, host))
         unit = IDE_UNITS - 1 - number if kind == "ide" else _first_free_id(instance, kind) + number
         device = _device(hvparams, kind, unit, medium="cd") | {"id": f"{node}-device"}
         device |= {"drive": node} if path else {}
         yield "-device", device | (boots_first(hvparams, "cdrom") if field == CDROMS[0] else {})
 
 
-def cd_image(node: str, path: str) -> dict[str, Any]:
-    """The block node of a CD."""
-    file = {"driver": "file", "filename": path}
+def cd_image(node: str, path: str, driver: str) -> dict[str, Any]:
+    """The block node of a CD, which ``driver`` opens (see ``worker.kvm.devices``)."""
+    file = {"driver": driver, "filename": path}
     return {"node-name": node, "driver": "raw", "read-only": True, "file": file}
 
 
-def floppy(hvparams: HvParams) -> Iterator[Option]:
+def floppy(hvparams: HvParams, host: HostPart) -> Iterator[Option]:
     """The floppy drive, writable as its image was for Ganeti's guests."""
     if hvparams.floppy_image_path:
-        file = {"driver": "file", "filename": hvparams.floppy_image_path}
+        path = hvparams.floppy_image_path
+        file = {"driver": _driver(path, host), "filename": path}
         yield "-blockdev", {"node-name": "floppy0", "driver": "raw", "read-only": False, "file": file}
         if "q35" in hvparams.machine_version:
             yield "-device", {"driver": "isa-fdc", "id": "fdc"}
@@ -113,6 +121,12 @@ def disk_image(instance: Instance, number: int, disk: Disk, is_block_device: boo
         "cache": cache,
         "file": file,
     }
+
+
+def _driver(path: str, host: HostPart) -> str:
+    if path in host.cd_drives:
+        return "host_cdrom"
+    return "host_device" if path in host.block_devices else "file"
 
 
 def _device(hvparams: HvParams, kind: str, unit: int, medium: str = "hd") -> dict[str, Any]:

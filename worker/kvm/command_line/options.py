@@ -45,6 +45,9 @@ class HostPart:
     """Of ``vnc`` and ``spice``: memory that holds the password."""
     tap_fds: dict[int, TapFds] = field(default_factory=dict)
     block_devices: frozenset[str] = frozenset()
+    """Which of the guest's disks, CDs and floppies are no files but devices of the host."""
+    cd_drives: frozenset[str] = frozenset()
+    """Which of these are the host's own CD drives."""
     seed_path: str = ""
     """The CD image made for cloud-init, where the guest has one."""
     confinement: Confinement = Confinement()

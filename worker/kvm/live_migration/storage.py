@@ -34,6 +34,8 @@ PREFIX = "mirror-"
 """How the names of our jobs and block nodes begin; what follows is the disk's name."""
 EVENTS = frozenset({"JOB_STATUS_CHANGE", "BLOCK_JOB_READY", "BLOCK_JOB_ERROR", "STOP"})
 """QEMU's events on which ``changed`` is to be set."""
+ENDING = frozenset({"waiting", "pending", "aborting", "concluded"})
+"""Statuses of a job that was told to end. One that could not copy the rest has an error."""
 PERIOD_S = 0.25
 END_S = 30.0
 """For what ends by itself. Who waits for it does so while the guest stands still, or while it is cleaned up."""
@@ -166,13 +168,13 @@ def require_sound(monitor: Monitor) -> list[BlockJob]:
     return found
 
 
-def finish_mirrors(monitor: Monitor, changed: threading.Event) -> None:
+def finish_mirrors(monitor: Monitor, changed: threading.Event, *, again: bool = False) -> None:
     """Have the target's disks complete, durable and on their own; the source keeps its own as they are.
 
-    Only while the guest stands still, and when all mirrors are ready. Raises MigrationFailed when a disk could not be
-    completed, QemuFailed, TimedOut, QmpLost; the migration must then not go on.
+    Only while the guest stands still, and when all mirrors are ready, or where a worker died at it: ``again``. Raises
+    MigrationFailed when a disk could not be completed, QemuFailed, TimedOut, QmpLost; it must not go on then.
     """
-    found = require_sound(monitor)
+    found = [each for each in mirrors(monitor) if each.status not in ENDING] if again else require_sound(monitor)
     if late := [each.id.removeprefix(PREFIX) for each in found if each.status != "ready"]:
         raise MigrationFailed(f"{', '.join(late)} is not copied yet; nothing was ended", retryable=True)
     for each in found:

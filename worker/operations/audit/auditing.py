@@ -61,7 +61,7 @@ def _see(node: NodeContext, guests: Guests) -> Seen:
     recorded = records.read(node)
     uids = [range(pool.first_uid, pool.last_uid + 1) for pool in recorded.uid_ranges]
     uids += [range(lease.uid, lease.uid + 1) for lease in recorded.uid_leases]
-    host = host_facts.gather(guests_dir, uids)
+    host = host_facts.gather(guests_dir, uids, node.cgroups)
     host = _without_others(node, host, {row.uuid for row in recorded.runtimes})
     alive = {row.uuid: identity for row in recorded.runtimes if (identity := _process(row, host))}
     watched = frozenset(
@@ -72,7 +72,7 @@ def _see(node: NodeContext, guests: Guests) -> Seen:
 
 def _without_others(node: NodeContext, host: HostFacts, known: set[str]) -> HostFacts:
     """Without what belongs to another node of the database that shares this host and its run folder."""
-    uuids = ({process.uuid for process in host.processes} | host.folders.keys()) - known
+    uuids = ({process.uuid for process in host.processes} | host.folders.keys() | host.empty_groups) - known
     others = records.known_elsewhere(node, sorted(uuids))
     return HostFacts(
         processes=[process for process in host.processes if process.uuid not in others],
@@ -80,6 +80,7 @@ def _without_others(node: NodeContext, host: HostFacts, known: set[str]) -> Host
         own_taps=host.own_taps,
         interfaces=host.interfaces,
         pids_by_uid=host.pids_by_uid,
+        empty_groups=host.empty_groups - others,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import select
@@ -12,6 +13,7 @@ from hostler.payloads import Instance
 from models import DiskLease, Node, Runtime, UidLease, runtime_of, utc_now
 from models import Instance as InstanceRow
 from worker.errors import OperationError
+from worker.kvm.command_line.disks import CDROMS
 from worker.kvm.folder import GuestFolder
 from worker.operations import checks
 from worker.operations.audit.findings import Bench, Finding, Kind, Seen, finding
@@ -179,10 +181,9 @@ def _free_disk(bench: Bench, found: Finding) -> str:
 
 
 def _missing_leases(seen: Seen) -> Iterator[Finding]:
-    leased = {(lease.instance_name, lease.path) for lease in seen.records.disk_leases}
+    leased = {(lease.instance_name, what) for lease in seen.records.disk_leases for what in (lease.path, lease.file_id)}
     for row in seen.records.runtimes:
-        paths = [disk["path"] for disk in row.hardware["disks"]]
-        missing = [path for path in paths if (row.instance_name, path) not in leased]
+        missing = [path for path in _opened(row) if not {(row.instance_name, what) for what in _names(path)} & leased]
         if missing and row.uuid in seen.alive:
             yield finding(
                 "missing_lease",
@@ -195,19 +196,31 @@ def _missing_leases(seen: Seen) -> Iterator[Finding]:
             )
 
 
+def _opened(row: Runtime) -> list[str]:
+    cds = (row.hardware["hvparams"].get(field) for field in CDROMS)
+    return [*dict.fromkeys([*(disk["path"] for disk in row.hardware["disks"]), *filter(None, cds)])]
+
+
+def _names(path: str) -> Iterator[str]:
+    # A file that is open by two paths has one lease, by either; one that was exchanged since is another file by now.
+    yield path
+    with suppress(OSError):
+        yield checks.file_id(path)
+
+
 def _lease_disks(bench: Bench, found: Finding) -> str:
     name, paths = str(found["instance"]), found["evidence"]["paths"]
     with bench.node.database.transaction() as session:
         session.get(Node, bench.node.name, with_for_update=True)
         instance = Instance.model_validate(session.get_one(Runtime, (name, bench.node.name)).hardware)
-        others = select(DiskLease).where(DiskLease.node == bench.node.name, DiskLease.instance_name != name)
-        if conflicts := [reason for _, reason in checks.conflicts(instance, [*session.scalars(others)])]:
+        held = session.scalars(select(DiskLease).where(DiskLease.node == bench.node.name)).all()
+        others = [lease for lease in held if lease.instance_name != name]
+        if conflicts := [reason for _, reason in checks.conflicts(instance, others)]:
             raise OperationError(f"{'; '.join(conflicts)}. Stop one of the two at once")
-        for disk in instance.disks:
-            if disk.path in paths:
-                lease = DiskLease(node=bench.node.name, instance_name=name, path=disk.path)
-                lease.file_id, lease.shared, lease.read_only = checks.file_id(disk.path), disk.shared, disk.mode == "ro"
-                session.add(lease)
+        own = {lease.file_id for lease in held if lease.instance_name == name}
+        alone = [checks.alone(instance, disk) for disk in checks.opened(instance).values() if disk.path in paths]
+        leases = {lease.file_id: lease for each in alone for lease in checks.leases(bench.node.name, each)}
+        session.add_all(lease for file_id, lease in leases.items() if file_id not in own)
     return f"{', '.join(paths)} is kept for {name}"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+from worker.isolation.cgroups import Groups
 from worker.isolation.in_use import uids_of
 from worker.kvm.process import ProcessIdentity, arguments_of, qemu_processes
 from worker.network.tap import TUN_DEVICE
@@ -32,23 +33,26 @@ class QemuSeen:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """``folders`` has the entries of each guest's folder; ``own_taps`` are those that this worker has open."""
+    """``folders`` has the entries of each guest's folder; ``own_taps`` are those that this worker has open;
+    ``empty_groups`` the control groups without a process, by the uuids of their guests."""
 
     processes: list[QemuSeen]
     folders: dict[str, frozenset[str]]
     own_taps: frozenset[str]
     interfaces: dict[str, int]
     pids_by_uid: dict[int, list[int]]
+    empty_groups: frozenset[str]
 
 
-def gather(guests_dir: Path, uids: Iterable[range]) -> HostFacts:
-    """Look at the host; ``uids`` are those whose processes are of interest."""
+def gather(guests_dir: Path, uids: Iterable[range], groups: Groups) -> HostFacts:
+    """Look at the host; ``uids`` are those whose processes are of interest, ``groups`` the control groups."""
     return HostFacts(
         processes=[_seen(uuid, identity) for uuid, identity in qemu_processes()],
         folders=_folders(guests_dir),
         own_taps=_taps_of(os.getpid()) or frozenset(),
         interfaces={name: index for index, name in socket.if_nameindex()},
         pids_by_uid=_pids_by_uid([*uids]),
+        empty_groups=frozenset(groups.uuids()),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 
 from hostler.contract import TaskName
@@ -56,6 +57,8 @@ def _end_process(bench: Bench, found: Finding) -> str:
         finally:
             process.close()
     GuestFolder(bench.seen.guests_dir / suspect.uuid).remove()
+    with suppress(OSError):  # what is left of it is a finding of its own
+        bench.node.cgroups.remove(suspect.uuid)
     return f"ended QEMU (pid {suspect.identity.pid}) and removed its folder"
 
 
@@ -77,6 +80,26 @@ def _remove_folder(bench: Bench, found: Finding) -> str:
     except OSError as exc:
         raise OperationError(f"{found['evidence']['path']} cannot be removed: {exc.strerror}") from exc
     return f"removed {found['evidence']['path']}"
+
+
+def _groups(seen: Seen) -> Iterator[Finding]:
+    known = {row.uuid for row in seen.records.runtimes} | {process.uuid for process in seen.host.processes}
+    for uuid in sorted(seen.host.empty_groups - known):
+        yield finding(
+            "control_group",
+            uuid,
+            "the control group of a guest that is no more; no process is in it",
+            repair=TaskName.NODE_REPAIR,
+            evidence={"uuid": uuid},
+        )
+
+
+def _remove_group(bench: Bench, found: Finding) -> str:
+    try:
+        bench.node.cgroups.remove(found["subject"])
+    except OSError as exc:
+        raise OperationError(f"{exc.filename} cannot be removed: {exc.strerror}") from exc
+    return f"removed the control group {found['subject']}"
 
 
 def _taps(seen: Seen) -> Iterator[Finding]:
@@ -126,6 +149,7 @@ def _uids(seen: Seen) -> Iterator[Finding]:
 KINDS = [
     Kind("process", _processes, _end_process, by_id_only=True),
     Kind("folder", _folders, _remove_folder),
+    Kind("control_group", _groups, _remove_group),
     Kind("tap", _taps),
     Kind("guest_tap", _unrecorded_taps),
     Kind("uid", _uids),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import psutil
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from hostler.errors import InvalidArgument
 from hostler.payloads import Instance
@@ -37,12 +39,13 @@ def accept(node: NodeContext, guests: Guests, job: JobContext, migration_id: str
     _require_room(node, migration_id)
     _end_earlier_attempt(node, guests, job, row.instance_name)
     leftovers.remove(node, guests, row.instance_name, for_migration=migration_id)
-    job.phase("validate", 5, "checking the instance against this host")
     instance = Instance.model_validate(row.info["instance"])
     in_tls = security.agree(node, row.info["tls"])
     with ExitStack() as undo:
-        undo.callback(storage.remove_images, storage.make_images(node, row))
-        row = rows.get(node, migration_id)
+        if row.info["copied"]:
+            job.phase("images", 5, "making the disks to copy to")
+            undo.callback(storage.remove_images, storage.make_images(node, row))
+            row = rows.get(node, migration_id)
         _require_fit(node, row, instance)
         found = _bring_up(node, guests, job, row, instance, in_tls)
         undo.pop_all()
@@ -65,7 +68,7 @@ def _bring_up(
     with ExitStack() as undo:
         _claim(attempt, undo)
         guest = bring_up(attempt, undo)
-        job.phase("listen", 80, "opening a port for the guest's memory")
+        job.check_cancelled()
         creds = security.give_certificates(node, guest, "server") if in_tls else ""
         prepare(guest.talk(), tuning_of(row, tls_creds=creds), incoming=True)
         where = _listen(node, row, guest, instance, creds)
@@ -101,7 +104,7 @@ def discard(node: NodeContext, guests: Guests, job: JobContext, row: LiveMigrati
     job.phase("discard", 50, "ending the QEMU that waited for the guest")
     # Of one that is done, another one may have come since.
     removed = end_incoming(node, guests, name, row.target_uuid) if row.target_uuid or row.stage != Stage.DONE else []
-    storage.remove_images(row.info.get("made", []))
+    storage.discard_images(node, row)
     return {"removed": removed}
 
 
@@ -147,18 +150,24 @@ def _require_fit(node: NodeContext, row: LiveMigration, instance: Instance) -> N
 
 
 def _claim(attempt: Attempt, undo: ExitStack) -> None:
-    attempt.job.phase("claim", 15, "claiming the guest's disks here")
-    node, instance = attempt.node, attempt.instance
-    with node.database.transaction() as session:
-        here = session.get(Node, node.name, with_for_update=True, populate_existing=True)
-        require_admission(here, f"{instance.name} cannot come here")
-        held = session.scalars(select(DiskLease).where(DiskLease.node == node.name)).all()
-        if taken := [*checks.conflicts(instance, [*held])]:
-            raise InvalidArgument([{"field": f"instance.{place}", "reason": reason} for place, reason in taken])
-        session.add(new_runtime(attempt))
-        session.flush()
-        session.add_all(checks.leases(node.name, instance))
     undo.callback(_unclaim, attempt)
+    claim = partial(_claim_in, attempt=attempt)
+    attempt.job.phase("claim", 15, "claiming the guest's disks here", claim)
+
+
+def _claim_in(session: Session, attempt: Attempt) -> None:
+    node, instance = attempt.node, attempt.instance
+    here = session.get(Node, node.name, with_for_update=True, populate_existing=True)
+    runtime = runtime_of(session, node.name, instance.name)
+    if runtime and runtime.uuid == attempt.uuid:
+        return  # repeated after a commit whose answer was lost
+    require_admission(here, f"{instance.name} cannot come here")
+    held = session.scalars(select(DiskLease).where(DiskLease.node == node.name)).all()
+    if taken := [*checks.conflicts(instance, [*held])]:
+        raise InvalidArgument([{"field": f"instance.{place}", "reason": reason} for place, reason in taken])
+    session.add(new_runtime(attempt))
+    session.flush()
+    session.add_all(checks.leases(node.name, instance))
 
 
 @patient

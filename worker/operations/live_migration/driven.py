@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from hostler.contract import TaskName
 from hostler.errors import InvalidArgument
 from hostler.hidden import without_secrets
 from hostler.migration import (
@@ -73,6 +74,8 @@ def end(
     if row.stage == Stage.MOVED:
         return give_back(node, guests, row, "its master said so")
     result = discard(node, guests, job, row)
+    given_up = rows.as_failure(MigrationFailed("it was given up before it began; its master said so"), row.stage)
+    rows.move_on(node, row.job_id, Stage.ACCEPTING, Stage.ABORTED, report=row.report | {"failure": given_up})
     rows.move_on(node, row.job_id, Stage.ABORTED, Stage.DONE)
     return result
 
@@ -82,7 +85,9 @@ def tune(node: NodeContext, guests: Guests, arguments: MigrateTuneArguments) -> 
     row = rows.get(node, migration_of(node, arguments.name))
     guest = guests.need(arguments.name)
     if row.stage not in rows.BEFORE_THE_SWITCH:
-        raise MigrationFailed(f"too late: the migration of {arguments.name} is {row.stage}", phase=row.stage)
+        raise MigrationFailed(
+            f"too late: the migration of {arguments.name} is {row.stage}", phase=row.stage, migration_id=row.job_id
+        )
     changes = arguments.changes()
     wish = "postcopy" if changes.pop("postcopy_now", False) else "force" if changes.pop("force_now", False) else None
     options = parse(MigrateArguments, row.options | changes).model_dump(mode="json")
@@ -105,6 +110,24 @@ def migration_of(node: NodeContext, name: str) -> str:
     if found is None:
         raise NotRunning(f"{name} is not being migrated from node {node.name}")
     return found
+
+
+def job_to_cancel(node: NodeContext, name: str) -> str:
+    """The job of the migration an instance is in, else of the first one that has not come so far. Raises NotRunning."""
+    query = (
+        select(Job.id)
+        .where(Job.task == TaskName.INSTANCE_MIGRATE, Job.instance_name == name, Job.node == node.name)
+        .where(Job.finished_at.is_(None))
+        .order_by(Job.sequence)
+        .limit(1)
+    )
+    try:
+        return migration_of(node, name)
+    except NotRunning:
+        with node.database.reading() as session:
+            if (waiting := session.scalar(query)) is None:
+                raise
+        return waiting
 
 
 def report(node: NodeContext, job_id: str) -> dict[str, Any]:

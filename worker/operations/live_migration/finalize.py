@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from hostler.contract import InstanceState
@@ -34,25 +35,29 @@ def finalize(node: NodeContext, guests: Guests, job: JobContext, row: LiveMigrat
     ``returned`` then says why. Raises QmpLost when QEMU keeps silent; nothing is concluded from that.
     """
     if row.stage in (Stage.FINALIZED, Stage.DONE):
-        return _resumed(row)
+        return _resumed(row, row.resumed_at)
     if row.stage not in rows.ON_THE_TARGET or rows.owner_of(node, row.instance_name) != node.name:
         raise MigrationFailed(f"migration {row.job_id} is {row.stage}; there is nothing to finalize", phase=row.stage)
     guest = guests.get(row.instance_name)
     if row.stage == Stage.MOVED and (why := _cannot_go_on_here(node, row, guest)):
         return give_back(node, guests, row, why)
-    rows.move_on(node, row.job_id, Stage.MOVED, Stage.CONTINUING)
+    job.carry_on()  # too late for a cancel: nobody else could let the guest go on
+    job.phase(
+        "finalize",
+        90,
+        "letting the guest go on here" if not row.was_paused else "the guest is here, paused",
+        lambda session: rows.enter(session, row.job_id, Stage.MOVED, Stage.CONTINUING),
+    )
     if guest is None:
         return _ended_here(node, row)
     if not row.was_paused and (why := _continue(guest, first=row.stage == Stage.MOVED)):
         return give_back(node, guests, row, why)
     resumed_at = utc_now()
-    _record(node, guest, row)
-    rows.move_on(node, row.job_id, Stage.CONTINUING, Stage.FINALIZED, resumed_at=resumed_at)
-    guests.observe(guest)
-    if not row.report.get("postcopy"):
+    _record(node, guest, row, resumed_at)
+    guests.observe_soon(guest)
+    if row.info["tls"] and not row.report.get("postcopy"):
         security.take_certificates(guest)
-    job.phase("finalize", 90, "the guest runs here" if not row.was_paused else "the guest is here, paused")
-    return _resumed(rows.get(node, row.job_id))
+    return _resumed(row, resumed_at)
 
 
 def _cannot_go_on_here(node: NodeContext, row: LiveMigration, guest: Guest | None) -> str | None:
@@ -86,10 +91,10 @@ def _continue(guest: Guest, *, first: bool) -> str | None:
 def _ended_here(node: NodeContext, row: LiveMigration) -> dict[str, Any]:
     """It may have run here, so it never goes back: its end is that of a guest of this node."""
     why = MigrationFailed(f"{row.instance_name} ended on node {node.name} when it was to go on there")
-    report = row.report | {"failure": rows.as_failure(why)}
+    report = row.report | {"failure": rows.as_failure(why, "finalize")}
     rows.note_gone(node, row.instance_name)
     rows.move_on(node, row.job_id, Stage.CONTINUING, Stage.FINALIZED, report=report)
-    return _resumed(row)
+    return _resumed(row, row.resumed_at)
 
 
 def listen_again(node: NodeContext, guests: Guests, row: LiveMigration) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def give_back(node: NodeContext, guests: Guests, row: LiveMigration, reason: str
 
 
 @patient
-def _record(node: NodeContext, guest: Guest, row: LiveMigration) -> None:
+def _record(node: NodeContext, guest: Guest, row: LiveMigration, resumed_at: datetime) -> None:
     with node.database.transaction() as session:
         instance = session.get_one(InstanceRow, guest.name, with_for_update=True, populate_existing=True)
         runtime = runtime_of(session, node.name, guest.name)
@@ -151,7 +156,8 @@ def _record(node: NodeContext, guest: Guest, row: LiveMigration) -> None:
         runtime.started_at = runtime.started_at or row.started_at
         instance.state = InstanceState.PAUSED if row.was_paused else InstanceState.RUNNING
         note_moved(instance)
+        rows.enter(session, row.job_id, Stage.CONTINUING, Stage.FINALIZED, resumed_at=resumed_at)
 
 
-def _resumed(row: LiveMigration) -> dict[str, Any]:
-    return {"returned": None, "node": row.target, "resumed_at": row.resumed_at and row.resumed_at.isoformat()}
+def _resumed(row: LiveMigration, resumed_at: datetime | None) -> dict[str, Any]:
+    return {"returned": None, "node": row.target, "resumed_at": resumed_at and resumed_at.isoformat()}

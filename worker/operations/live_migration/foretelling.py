@@ -14,7 +14,7 @@ from worker.operations.context import JobContext, NodeContext
 from worker.operations.guests import Guests
 from worker.operations.live_migration import checks
 from worker.operations.live_migration.rows import Stage
-from worker.operations.live_migration.tuning import MIB, bandwidth_mib_s, downtime_ms
+from worker.operations.live_migration.tuning import MIB, bandwidth_mib_s, downtime_ms, options_of
 
 REMEMBERED = timedelta(hours=1)
 """A report compares with a prediction that is no older."""
@@ -38,14 +38,18 @@ def foretell(node: NodeContext, guests: Guests, job: JobContext, arguments: Migr
     return {"name": arguments.name, "source": node.name, "target": arguments.target, "prediction": prediction}
 
 
-def last_prediction(node: NodeContext, arguments: MigrateArguments) -> dict[str, Any] | None:
-    """What the last dry run of this move said."""
+def last_prediction(node: NodeContext, row: LiveMigration) -> dict[str, Any] | None:
+    """What the last dry run of this move said that had the same limits: with others the two cannot be compared."""
     query = (
-        select(LiveMigration.prediction)
-        .where(LiveMigration.instance_name == arguments.name, LiveMigration.source == node.name)
-        .where(LiveMigration.target == arguments.target, LiveMigration.started_at > utc_now() - REMEMBERED)
+        select(LiveMigration)
+        .where(LiveMigration.instance_name == row.instance_name, LiveMigration.source == row.source)
+        .where(LiveMigration.target == row.target, LiveMigration.started_at > utc_now() - REMEMBERED)
         .order_by(LiveMigration.started_at.desc())
-        .limit(1)
     )
     with node.database.reading() as session:
-        return session.scalar(query)
+        earlier = [each for each in session.scalars(query) if options_of(each).dry_run]
+    return next((each.prediction for each in earlier if _limits(each) == _limits(row)), None)
+
+
+def _limits(row: LiveMigration) -> tuple[float, int]:
+    return bandwidth_mib_s(row), downtime_ms(row)

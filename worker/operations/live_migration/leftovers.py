@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from hostler.contract import FINAL_JOB_STATES, InstanceState, TaskName
 from models import Instance, InstanceLock, Job, LiveMigration, Runtime
-from worker.errors import OperationError
+from worker.errors import MigrationFailed, OperationError
 from worker.kvm.live_migration.outgoing import Outgoing
 from worker.kvm.live_migration.sample import POSTCOPY
 from worker.operations.context import NodeContext
@@ -59,7 +59,9 @@ def _remove(node: NodeContext, guests: Guests, name: str, uuid: str) -> None:
 
 def _end(node: NodeContext, guests: Guests, row: LiveMigration) -> None:
     """Its job can never come back to it; the guest is this node's."""
-    if rows.move_on(node, row.job_id, rows.SOURCE_OWNS | {Stage.ABORTED}, Stage.ABORTED):
+    why = rows.as_failure(MigrationFailed("the job that was at it has ended; the guest stays"), row.stage)
+    report = {"failure": why} | (row.report or {})
+    if rows.move_on(node, row.job_id, rows.SOURCE_OWNS | {Stage.ABORTED}, Stage.ABORTED, report=report):
         go_on_here(node, guests, row)
         rows.move_on(node, row.job_id, Stage.ABORTED, Stage.DONE)
         log.info("a live migration whose job had ended was given up", migration=row.job_id, instance=row.instance_name)
@@ -67,11 +69,13 @@ def _end(node: NodeContext, guests: Guests, row: LiveMigration) -> None:
 
 def _abandoned(node: NodeContext) -> list[LiveMigration]:
     held = exists().where(InstanceLock.instance_name == LiveMigration.instance_name)
+    # A master drives it from step to step; whose step it is that sends memory has the instance meanwhile.
+    begun = (Job.task == TaskName.MIGRATION_INFO) & (LiveMigration.stage != Stage.ACCEPTING)
     query = (
         select(LiveMigration)
         .join(Job, Job.id == LiveMigration.job_id)
         .where(LiveMigration.source == node.name, LiveMigration.stage.in_(rows.SOURCE_OWNS | {Stage.ABORTED}))
-        .where(Job.finished_at.is_not(None), Job.task == TaskName.INSTANCE_MIGRATE, ~held)
+        .where(Job.finished_at.is_not(None), (Job.task == TaskName.INSTANCE_MIGRATE) | begun, ~held)
     )
     with node.database.reading() as session:
         return [*session.scalars(query)]

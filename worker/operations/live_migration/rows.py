@@ -5,9 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-import structlog
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from hostler.contract import ErrorCode, InstanceState
 from hostler.errors import OperationFailed
@@ -17,8 +16,6 @@ from worker.operations.context import NodeContext
 from worker.operations.ending import Ending
 from worker.operations.patience import patient
 from worker.operations.wanted_rows import note_end
-
-log = structlog.get_logger(__name__)
 
 SAMPLES_MAX = 2000
 """At four a second eight minutes; of a longer migration, every other one is forgotten then."""
@@ -76,58 +73,69 @@ def note(node: NodeContext, migration_id: str, **values: Any) -> None:
 @patient
 def move_on(node: NodeContext, migration_id: str, before: frozenset[Stage] | Stage, to: Stage, **values: Any) -> bool:
     """Enter a stage, from ``before`` alone; whether it is in it now. Safe to repeat."""
-    allowed = {before} if isinstance(before, Stage) else before
     with node.database.transaction() as session:
-        row = session.get_one(LiveMigration, migration_id, with_for_update=True)
-        if row.stage not in allowed:
-            return row.stage == to
-        row.stage = to
-        if to in (Stage.DONE, Stage.ABORTED):
-            row.ended_at = utc_now()
-        for name, value in values.items():
-            setattr(row, name, value)
-        return True
+        return enter(session, migration_id, before, to, **values)
+
+
+def enter(session: Session, migration_id: str, before: frozenset[Stage] | Stage, to: Stage, **values: Any) -> bool:
+    """As ``move_on``, in a transaction of the caller's."""
+    allowed = {before} if isinstance(before, Stage) else before
+    row = session.get_one(LiveMigration, migration_id, with_for_update=True)
+    if row.stage not in allowed:
+        return row.stage == to
+    row.stage = to
+    if to in (Stage.DONE, Stage.ABORTED):
+        row.ended_at = utc_now()
+    for name, value in values.items():
+        setattr(row, name, value)
+    return True
 
 
 @patient
 def give_to_target(node: NodeContext, migration_id: str, report: dict[str, Any]) -> None:
     """The guest is the target's. To be called when the source's QEMU can never continue by itself any more."""
-    _change_owner(node, migration_id, frozenset({Stage.TRANSFERRING, Stage.SWITCHING}), Stage.MOVED, report)
+    with node.database.transaction() as session:
+        give(session, migration_id, report)
+
+
+def give(session: Session, migration_id: str, report: dict[str, Any]) -> None:
+    """As ``give_to_target``, in a transaction of the caller's."""
+    _change_owner(session, migration_id, frozenset({Stage.TRANSFERRING, Stage.SWITCHING}), Stage.MOVED, report)
 
 
 @patient
 def give_back(node: NodeContext, migration_id: str, why: OperationError) -> None:
     """The guest is the source's again. To be called when the target's QEMU is gone and never ran the guest."""
-    _change_owner(node, migration_id, ON_THE_TARGET, Stage.ABORTED, {"failure": as_failure(why)})
+    with node.database.transaction() as session:
+        _change_owner(session, migration_id, ON_THE_TARGET, Stage.ABORTED, {"failure": as_failure(why, "finalize")})
 
 
 def _change_owner(
-    node: NodeContext, migration_id: str, before: frozenset[Stage], after: Stage, report: dict[str, Any]
+    session: Session, migration_id: str, before: frozenset[Stage], after: Stage, report: dict[str, Any]
 ) -> None:
-    with node.database.transaction() as session:
-        row = session.get_one(LiveMigration, migration_id, with_for_update=True)
-        if row.stage not in before:
-            return
-        row.stage = after
-        row.report = (row.report or {}) | report
-        to_target = after == Stage.MOVED
-        owner, other = (row.target, row.source) if to_target else (row.source, row.target)
-        if to_target:
-            row.switched_at = utc_now()
-        # One statement, not through the object: it must not touch the runtimes.
-        session.execute(
-            update(Instance)
-            .where(Instance.name == row.instance_name, Instance.node == other)
-            .values(node=owner, state=InstanceState.MIGRATING, reason=None, ended_at=None, restart_at=None)
-            .execution_options(synchronize_session=False)
-        )
+    row = session.get_one(LiveMigration, migration_id, with_for_update=True)
+    if row.stage not in before:
+        return
+    row.stage = after
+    row.report = (row.report or {}) | report
+    to_target = after == Stage.MOVED
+    owner, other = (row.target, row.source) if to_target else (row.source, row.target)
+    if to_target:
+        row.switched_at = utc_now()
+    # One statement, not through the object: it must not touch the runtimes.
+    session.execute(
+        update(Instance)
+        .where(Instance.name == row.instance_name, Instance.node == other)
+        .values(node=owner, state=InstanceState.MIGRATING, reason=None, ended_at=None, restart_at=None)
+        .execution_options(synchronize_session=False)
+    )
 
 
-def as_failure(exc: Exception) -> dict[str, Any]:
-    """Why a migration came to nothing, as its report keeps it."""
+def as_failure(exc: Exception, phase: str) -> dict[str, Any]:
+    """Why a migration came to nothing, as its report keeps it; ``phase`` is where no other one is known."""
     if isinstance(exc, OperationError | OperationFailed):
-        return {"code": str(exc.code), "message": exc.message, "details": exc.details}
-    return {"code": str(ErrorCode.INTERNAL), "message": f"{type(exc).__name__}: {exc}", "details": {}}
+        return {"code": str(exc.code), "message": exc.message, "details": {"phase": phase} | exc.details}
+    return {"code": str(ErrorCode.INTERNAL), "message": f"{type(exc).__name__}: {exc}", "details": {"phase": phase}}
 
 
 def note_gone(node: NodeContext, name: str) -> None:
@@ -162,18 +170,14 @@ def count_samples(node: NodeContext, migration_id: str) -> int:
 def set_state(node: NodeContext, name: str, state: InstanceState) -> None:
     """The state of an instance that this node owns."""
     with node.database.transaction() as session:
-        row = session.get(Instance, name, with_for_update=True, populate_existing=True)
-        if row and row.node == node.name:
-            row.state = state
+        set_state_in(session, node.name, name, state)
 
 
-def add_sample(node: NodeContext, migration_id: str, meta: dict[str, Any]) -> None:
-    """Keep a look at the migration, for its report; one that cannot be kept is missing there, and no more."""
-    try:
-        with node.database.transaction() as session:
-            session.add(MigrationSample(job_id=migration_id, at=utc_now(), data=meta))
-    except SQLAlchemyError as exc:
-        log.info("a look at a migration was not kept", migration=migration_id, reason=str(exc))
+def set_state_in(session: Session, owner: str, name: str, state: InstanceState) -> None:
+    """As ``set_state`` of node ``owner``, in a transaction of the caller's."""
+    row = session.get(Instance, name, with_for_update=True, populate_existing=True)
+    if row and row.node == owner:
+        row.state = state
 
 
 def thin_out_samples(node: NodeContext, migration_id: str) -> None:

@@ -22,6 +22,8 @@ def wish(node: NodeContext, asked: bool | None) -> Wish:
     policy = node.settings.migration_tls
     if asked is False and policy == "required":
         raise InvalidArgument([{"field": "tls", "reason": f"node {node.name} requires it (HOSTLER_MIGRATION_TLS)"}])
+    if asked and policy == "off":
+        raise InvalidArgument([_without_tls(node)])
     if asked or policy == "required":
         _require_certificates(node)
         return "yes"
@@ -29,7 +31,7 @@ def wish(node: NodeContext, asked: bool | None) -> Wish:
 
 
 def agree(node: NodeContext, wanted: Wish) -> bool:
-    """The target's word: whether it goes in TLS. Raises Unsupported."""
+    """The target's word: whether it goes in TLS. Raises InvalidArgument or Unsupported, each saying what to do."""
     policy = node.settings.migration_tls
     if wanted == "yes" or policy == "required":
         if wanted == "no":
@@ -37,6 +39,8 @@ def agree(node: NodeContext, wanted: Wish) -> bool:
                 f"node {node.name} receives guests in TLS only (HOSTLER_MIGRATION_TLS), and the source has no "
                 "certificates or was told to do without"
             )
+        if policy == "off":
+            raise InvalidArgument([_without_tls(node)])
         _require_certificates(node)
         return True
     return wanted == "where possible" and policy != "off" and not _problems(node)
@@ -69,6 +73,11 @@ def of_source(node: NodeContext, row: LiveMigration) -> Tls | None:
 def folder_of(node: NodeContext) -> Path:
     """Where this node's certificates are."""
     return Path(node.settings.migration_tls_dir)
+
+
+def _without_tls(node: NodeContext) -> dict[str, str]:
+    reason = f"node {node.name} never uses it (HOSTLER_MIGRATION_TLS=off); set it to allowed there, or do without"
+    return {"field": "tls", "reason": reason}
 
 
 def _problems(node: NodeContext) -> list[str]:

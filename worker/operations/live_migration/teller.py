@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from models import MigrationSample, utc_now
 from worker.operations.context import JobContext, NodeContext
 from worker.operations.live_migration import rows
 from worker.operations.live_migration.tuning import MIB
@@ -81,8 +82,8 @@ class Teller:
 
     def _publish(self, meta: dict[str, Any]) -> None:
         percent = TRANSFER_FROM + int((TRANSFER_TO - TRANSFER_FROM) * meta["percent"] / 100)
-        self._job.migrating(percent, _in_words(meta), meta)
-        rows.add_sample(self._node, self._id, meta)
+        look = {"job_id": self._id, "at": utc_now(), "data": meta}  # kept for the migration's report
+        self._job.migrating(percent, _in_words(meta), meta, lambda session: session.add(MigrationSample(**look)))
         self._kept += 1
         if self._kept % _THIN_EVERY == 0 and rows.count_samples(self._node, self._id) > rows.SAMPLES_MAX:
             rows.thin_out_samples(self._node, self._id)

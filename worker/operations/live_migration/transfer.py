@@ -7,9 +7,11 @@ goes on without us.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import structlog
+from sqlalchemy.orm import Session
 
 from hostler.contract import InstanceState
 from models import LiveMigration, utc_now
@@ -56,8 +58,9 @@ class Transfer:
         self._decisions: list[dict[str, Any]] = list((row.report or {}).get("decisions", []))
         self._convergence = Convergence(self._limits())
 
-    def run(self) -> None:
-        """Return when the target has all, or, with post-copy, may begin; it owns the guest from then on.
+    def run(self) -> dict[str, Any]:
+        """Return when the target has all, or, with post-copy, may begin, what there is to report: it is the target's
+        as soon as that is written down, and this QEMU never continues it by itself.
 
         Raises MigrationFailed when QEMU gives it up, Cancelled when the job was asked to; the guest then runs on here.
         Raises QmpLost when QEMU keeps silent: it goes on by itself, and is asked again.
@@ -75,7 +78,7 @@ class Transfer:
             sample = self._follow(HANDED_ON | GIVEN_UP, switching=True)
             if sample.status in GIVEN_UP:
                 raise self._failed(sample)
-            rows.give_to_target(self._node, self._row.job_id, self.report(sample))
+        return self.report(sample)
 
     def finish_postcopy(self) -> Sample:
         """Return when the last of the memory has followed, or the connection broke meanwhile."""
@@ -101,16 +104,19 @@ class Transfer:
 
     def _begin(self) -> None:
         row = self._row
-        goes_on = self._job.last_phase()[0] == "storage"  # its predecessor died while disks were copied
-        self._job.phase("setup", TRANSFER_FROM, f"opening the way to node {row.target}")
-        rows.set_state(self._node, row.instance_name, InstanceState.MIGRATING)
+        goes_on = False
+        if self._job.current_phase != "setup":
+            goes_on = self._job.last_phase()[0] == "storage"  # its predecessor died while disks were copied
+            set_out(self._node, self._job, row)
         creds = CREDENTIALS if row.info["tls"] else ""
         if creds and not goes_on:
             security.give_certificates(self._node, self._guest, "client")
         prepare(self._guest.talk(), tuning_of(row, tls_creds=creds), incoming=False)
         if row.info["copied"]:
             self._job.phase("storage", TRANSFER_FROM, f"copying {len(row.info['copied'])} disk(s) to node {row.target}")
-            storage.copy(self._node, self._job, row, self._guest, self._teller)
+            self._guest.tuned.set()  # what was changed while nobody looked counts for the copying too
+            storage.copy(self._node, row, self._guest, self._teller, self._while_copying)
+            self._guest.tuned.set()  # what was wished meanwhile is for the memory
         if not is_live(row) and not row.was_paused:
             self._guest.talk().pause_vcpus()
         memory_mib = row.info["instance"]["memory_mib"]
@@ -141,9 +147,20 @@ class Transfer:
             self._qemu,
             self._guest.migration_changed,
             self._look,
-            (lambda: None) if switching else self._job.check_cancelled,
+            (lambda: None) if switching else self._before_a_look,
             until=until,
         )
+
+    def _while_copying(self) -> None:
+        self._job.check_cancelled()
+        if self._guest.tuned.is_set():
+            self._take_over_changes()
+
+    def _before_a_look(self) -> None:
+        self._job.check_cancelled()
+        if self._row.info["copied"]:
+            with suppress(QmpLost):  # how long that may last is judged by who asks about the memory
+                storage.require_sound(self._guest)
 
     def _look(self, sample: Sample) -> None:
         """What is decided at each look, and told and kept by another thread: nothing may hold the migration up."""
@@ -160,7 +177,9 @@ class Transfer:
         self._row = rows.get(self._node, self._row.job_id)
         self._convergence.limits = self._limits()
         self._progress.downtime_ms = downtime_ms(self._row)
-        self._qemu.tune(bandwidth_bytes_s=int(bandwidth_mib_s(self._row) * MIB), downtime_ms=downtime_ms(self._row))
+        bandwidth_bytes_s = int(bandwidth_mib_s(self._row) * MIB)
+        self._qemu.tune(bandwidth_bytes_s=bandwidth_bytes_s, downtime_ms=downtime_ms(self._row))
+        storage.tune(self._row, self._guest, bandwidth_bytes_s)
         wish = self._row.report.get("wish")
         if wish in ("postcopy", "force") and self._qemu.query().status in ("setup", "active"):
             self._carry_out(Decision(wish, "an operator asked for it"))
@@ -196,6 +215,16 @@ class Transfer:
     def _failed(self, sample: Sample) -> OperationError:
         reason = sample.error or f"QEMU says {sample.status}"
         return MigrationFailed(f"the migration to node {self._row.target} failed: {reason}")
+
+
+def set_out(node: NodeContext, job: JobContext, row: LiveMigration) -> None:
+    """The target has accepted it: from here on the guest counts as on its way. Raises Cancelled; safe to repeat."""
+
+    def enter(session: Session) -> None:
+        rows.enter(session, row.job_id, Stage.ACCEPTING, Stage.TRANSFERRING)
+        rows.set_state_in(session, node.name, row.instance_name, InstanceState.MIGRATING)
+
+    job.phase("setup", TRANSFER_FROM, f"opening the way to node {row.target}", enter)
 
 
 def measured(sample: Sample) -> dict[str, Any]:

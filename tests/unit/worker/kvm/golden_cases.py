@@ -32,7 +32,7 @@ ODD_NAME = "a,b=c 'd' \"e\" \\f,,{g} ü🚀"
 
 @dataclass(frozen=True)
 class Case:
-    """One guest. ``block_devices`` are those of its disks that are devices of the host."""
+    """One guest. ``block_devices`` are those of its disks and CDs that are devices of the host."""
 
     spec: dict[str, Any] = field(default_factory=dict)
     hvparams: dict[str, Any] = field(default_factory=dict)
@@ -173,6 +173,7 @@ CASES: dict[str, Case] = {
         for kind in CDROM_TYPES
     },
     "cdrom2-alone": Case({}, CDROM2),
+    "cdrom-block-device": Case(disks("disk0"), CDROM, block_devices=frozenset({f"{PLACE}/cd.iso"})),
     **{
         f"cdrom-{kind}-empty": Case(
             disks("disk0"), {"cdrom_drive": True, "cdrom2_drive": True, "cdrom_disk_type": kind, "boot_order": "cdrom"}

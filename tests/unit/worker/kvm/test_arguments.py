@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import ValidationError
 
+from hostler.hvchecks import LIMITS
 from hostler.hvparams import HvParams
 from hostler.payloads import Disk, Nic
 from tests.unit.worker.kvm.golden_cases import (
@@ -28,13 +29,14 @@ from tests.unit.worker.kvm.golden_cases import (
     to_argv,
     to_text,
 )
-from worker.kvm.arguments import pci_devices, render
+from worker.kvm.arguments import HostPart, build, pci_devices, render
 from worker.operations.hardware import PCI_SLOTS, UNSUPPORTED
 
 VALUES = [case.instance for case in CASES.values()]
 FOR_MOVING = {"migration_port", "migration_bandwidth", "migration_downtime", "migration_mode", "migration_caps"}
 NOT_IN_THE_LINE = {
     *("uefi_vars_template_path", "cpu_mask", "security_model", "security_domain", "use_chroot"),
+    *LIMITS,
     *FOR_MOVING,
 }
 REFUSED_ON_EVERY_NODE = {"sd", "mtd", "pflash"}
@@ -82,7 +84,7 @@ def test_every_value_of_every_parameter_is_in_some_golden_file(field: str) -> No
 @pytest.mark.parametrize("field", sorted(NOT_IN_THE_LINE))
 def test_what_is_not_in_the_line_is_refused_on_every_node_or_done_before_or_told_when_it_moves(field: str) -> None:
     refused = {name for name, _, _ in UNSUPPORTED} | {"security_domain"}  # that one only with security_model
-    assert field in refused | FOR_MOVING | {"uefi_vars_template_path", "cpu_mask"}
+    assert field in refused | FOR_MOVING | {"uefi_vars_template_path", "cpu_mask", *LIMITS}
 
 
 @pytest.mark.parametrize(("model", "of"), [(Disk, "disks"), (Nic, "nics")])
@@ -152,6 +154,18 @@ def test_a_line_depends_on_what_the_host_found_out_and_on_nothing_it_would_look_
     device = Case(disks("device0"), block_devices=frozenset({f"{PLACE}/device0"}))
     drivers = [options_of(case, "-blockdev")[0]["file"]["driver"] for case in (plain, device)]
     assert drivers == ["file", "host_device"]
+
+
+def test_a_cd_drive_of_the_host_is_opened_as_one_and_a_floppy_on_a_device_as_a_device() -> None:
+    paths = {"cdrom_image_path": f"{PLACE}/sr0", "floppy_image_path": f"{PLACE}/device0"}
+    instance = Case({}, paths).instance
+    host = HostPart(
+        uuid=UUID, accelerator="tcg", qmp_fd=3, monitor_fd=4, block_devices=frozenset(paths.values()),
+        cd_drives=frozenset({f"{PLACE}/sr0"}),
+    )  # fmt: skip
+    images = [value for option, value in build(instance, host) if option == "-blockdev"]
+    drivers = {image["file"]["filename"]: image["file"]["driver"] for image in images if isinstance(image, dict)}
+    assert drivers == {f"{PLACE}/sr0": "host_cdrom", f"{PLACE}/device0": "host_device"}
 
 
 def test_a_user_card_needs_no_descriptor_and_a_tap_gets_its_own() -> None:

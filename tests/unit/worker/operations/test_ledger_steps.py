@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
+from sqlalchemy.orm import Session
 
-from hostler.contract import TaskName
+from hostler.contract import JobState, TaskName
 from models import Database, Incarnation, Job, utc_now
 from tests.unit.worker.operations.ledgers import DROP, ids, ledger_of, locks, receipt, row
 from worker.operations import why
@@ -57,6 +58,65 @@ def test_the_step_wakes_its_job_however_it_ends_and_that_is_no_death(
     assert (end.succeeded, end.result, end.error) == (
         (True, {"port": 1}, None) if ends == "succeed" else (False, None, ERROR)
     )
+
+
+def test_the_end_of_a_step_and_the_waking_of_its_job_are_one_commit(
+    database: Database, waiting: tuple[Ledger, Ledger]
+) -> None:
+    _, second = waiting
+    second.receive(STEP_RECEIPT)
+    ended = second._finish("j1.accept", JobState.SUCCESS, also=lambda session: commits_of(session, database))
+    assert ids(ended.wakeups) == ["j1"]
+    assert (row(database, "j1").state, row(database, "j1").waits_on) == ("PENDING", None)
+
+
+def commits_of(session: Session, database: Database) -> None:
+    """From here on each commit must show both ends, or neither."""
+
+    def both(_session: Session) -> None:
+        assert (row(database, "j1.accept").state, row(database, "j1").state) == ("SUCCESS", "PENDING")
+
+    event.listen(session, "after_commit", both, once=True)
+
+
+def test_an_end_that_is_recorded_again_names_the_job_again_whose_message_may_be_unsent(
+    database: Database, waiting: tuple[Ledger, Ledger]
+) -> None:
+    first, second = waiting
+    second.receive(STEP_RECEIPT)
+    assert ids(second.succeed("j1.accept", None).wakeups) == ["j1"]
+    assert ids(second.succeed("j1.accept", None).wakeups) == ["j1"]
+    assert first.receive(receipt("j1", "web1")).verdict is Verdict.RUN
+    assert second.succeed("j1.accept", None).wakeups == []
+
+
+def test_a_hand_over_records_its_phase_and_what_else_is_true_or_nothing(database: Database) -> None:
+    ledger = ledger_of(database)
+    ledger_of(database, "n2")
+    ledger.receive(receipt("j1", "web1"))
+
+    def fails(session: Session) -> None:
+        raise RuntimeError("no")
+
+    phase = ("accept", 5, "a QEMU that waits")
+    with pytest.raises(RuntimeError):
+        ledger.hand_over("j1", [STEP], 60, phase=phase, also=fails)
+    assert (row(database, "j1").state, ledger.knows("j1.accept")) == ("STARTED", False)
+    ledger.hand_over("j1", [STEP], 60, phase=phase)
+    job = row(database, "j1")
+    assert (job.phase, job.percent, job.message, job.waits_on) == (*phase, "steps")
+
+
+def test_what_else_a_job_s_success_makes_true_is_true_with_it(database: Database) -> None:
+    ledger = ledger_of(database)
+    ledger.receive(receipt("j1", "web1"))
+    ledger.receive(receipt("j2", "web2"))
+    change = update(Job).where(Job.id == "j2").values(message="true")
+    with pytest.raises(ZeroDivisionError):
+        ledger.succeed("j1", None, lambda session: (session.execute(change), 1 / 0))
+    assert (row(database, "j1").state, row(database, "j2").message) != ("SUCCESS", "true")
+    ledger.succeed("j1", None, lambda session: session.execute(change))
+    assert (row(database, "j1").state, row(database, "j2").message) == ("SUCCESS", "true")
 
 
 def test_a_step_that_is_handed_over_twice_is_done_once(database: Database, waiting: tuple[Ledger, Ledger]) -> None:

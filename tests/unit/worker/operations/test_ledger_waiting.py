@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import update
 
-from models import Database, Job, utc_now
+from models import Database, Job, Node, utc_now
 from tests.unit.worker.operations.ledgers import DROP, RUN, ids, ledger_of, locks, receipt, row, wait
 from worker.operations.ledger import Ledger
 from worker.operations.receipts import CancelOutcome, Ended, Receipt, Verdict
@@ -188,6 +188,20 @@ def test_places_go_to_the_more_urgent_first_and_else_in_order(database: Database
         assert wakeups[0].priority == sent[running].priority
         assert ledger.receive(sent[running]) == RUN
     assert order == ["f", "c", "d", "b", "e"]
+
+
+def test_a_hold_that_ended_unseen_keeps_no_job(database: Database) -> None:
+    """Its worker died between the end of the hold and the jobs that waited, or a job looked in that very moment."""
+    ledger = with_limit(database, 1)
+    with database.transaction() as session:
+        session.get_one(Node, "n1").held_at = utc_now()
+    assert [ledger.receive(start(name)).verdict for name in ("s1", "s2")] == [Verdict.WAIT] * 2
+    assert ledger.overdue().wakeups == []
+    with database.transaction() as session:
+        session.get_one(Node, "n1").held_at = None
+    assert ids(ledger.overdue().wakeups) == ["s1", "s2"]
+    assert ledger.receive(start("s1")) == RUN
+    assert ledger.receive(start("s2")) == wait("s1")
 
 
 def _succeed(ledger: Ledger, job_id: str) -> Ended:
