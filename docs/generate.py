@@ -26,7 +26,7 @@ REFERENCE = Path(__file__).with_name("reference.md")
 MEANINGS = {
     ErrorCode.INVALID_ARGUMENT: "An argument is wrong; details.errors lists every field with its reason. No effect.",
     ErrorCode.INSTANCE_BUSY: "Reserved: jobs of a busy instance wait.",
-    ErrorCode.MIGRATION_FAILED: "Nothing came of it. details: node (where the guest is), state, phase, migration_id, report.",
+    ErrorCode.MIGRATION_FAILED: "Nothing came of it. details: node (where it is), state, phase, migration_id, report.",
     ErrorCode.CANCELLED: "The job was revoked before it ran.",
     ErrorCode.NODE_UNAVAILABLE: "A node is drained, fenced or busy; the message says what makes it available.",
     ErrorCode.INTERNAL: "Something nobody foresaw; the worker's log has the traceback.",
