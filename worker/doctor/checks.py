@@ -38,7 +38,8 @@ def run_all() -> Iterator[Check]:
     """Every finding, as it is made. Takes seconds where KVM hangs or a server is silent.
 
     With a wrong setting, the checks that need settings are left out: they would look at the wrong place. Starts the
-    embedded broker where that is the configured one, and leaves it running; nothing else is left behind.
+    embedded broker where that is the configured one, and leaves it running, and makes the folder of guests' control
+    groups where the host has them; nothing else is left behind.
     """
     try:
         settings: Settings | None = settings_module.load()

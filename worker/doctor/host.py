@@ -60,7 +60,7 @@ def _version(name: str) -> str | None:
 
 def control_groups(settings: Settings) -> Check:
     """Whether guests can be given limits of memory and processor time."""
-    return Check("cgroups", "ok", cgroups.of_host(settings.cgroups, prepare=False).about)
+    return Check("cgroups", "ok", cgroups.of_host(settings.cgroups).about)
 
 
 def hardware() -> Check:

@@ -115,10 +115,12 @@ class Folders:
     def enter(self, uuid: str, limits: Limits) -> list[str]:
         """Make the folder. Of a failure nothing is left."""
         folder = self.root / uuid
+        if not self.root.is_dir():
+            _prepare(self.root.parent)  # somebody has tidied up
         folder.mkdir()
         try:
             for name, value in _values(limits).items():
-                (folder / name).write_text(value)
+                _write(folder / name, value)
         except OSError:
             folder.rmdir()
             raise
@@ -134,20 +136,20 @@ class Folders:
 
     def uuids(self) -> Iterator[str]:
         """A folder with no process; it may have been made a moment ago, for one that comes."""
-        for folder in self.root.iterdir():
-            with suppress(OSError):  # not a folder, or gone meanwhile
-                if not (folder / "cgroup.procs").read_text():
-                    yield folder.name
+        for procs in self.root.glob("*/cgroup.procs"):
+            with suppress(OSError):  # gone meanwhile
+                if not procs.read_text():
+                    yield procs.parent.name
 
 
-def of_host(wanted: str, *, prepare: bool = True) -> Groups:
+def of_host(wanted: str) -> Groups:
     """What HOSTLER_CGROUPS, ``auto`` or ``off``, comes to on this host."""
     off = NoGroups("no control groups for guests: HOSTLER_CGROUPS is off")
-    return off if wanted == "off" else detect(Path("/"), prepare=prepare)
+    return off if wanted == "off" else detect(Path("/"))
 
 
-def detect(root: Path, *, prepare: bool = True) -> Groups:
-    """How this host has it. With ``prepare`` our folder is made, and the controllers switched on for it."""
+def detect(root: Path) -> Groups:
+    """How this host has it. Our folder is made, and the controllers switched on for it: nothing less tells."""
     if os.geteuid() != 0:
         return NoGroups("no control groups for guests: the worker does not run as root")
     if (root / "run/systemd/system").is_dir():  # sd_booted(3)
@@ -157,7 +159,7 @@ def detect(root: Path, *, prepare: bool = True) -> Groups:
     if mount is None:
         return NoGroups("no control groups for guests: no hierarchy of version 2 has both cpu and memory")
     try:
-        return Folders(_prepare(mount) if prepare else mount / SLICE)
+        return Folders(_prepare(mount))
     except OSError as exc:
         return NoGroups(f"no control groups for guests: {exc.filename}: {exc.strerror}")
 
@@ -190,5 +192,14 @@ def _prepare(mount: Path) -> Path:
     ours = mount / SLICE
     for folder in (mount, ours):
         folder.mkdir(exist_ok=True)
-        (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in CONTROLLERS))
+        _write(folder / "cgroup.subtree_control", " ".join(f"+{name}" for name in CONTROLLERS))
     return ours
+
+
+def _write(path: Path, text: str) -> None:
+    """The kernel refuses what is written, not that the file is opened; the error is to name the file all the same."""
+    try:
+        path.write_text(text)
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)
+        raise

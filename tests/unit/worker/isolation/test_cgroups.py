@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -43,12 +44,6 @@ def test_the_controllers_are_switched_on_for_our_folder_and_for_those_in_it(host
         assert (folder / "cgroup.subtree_control").read_text() == "+cpu +memory"
 
 
-def test_to_look_only_makes_nothing(host: Path) -> None:
-    mount = mounted(host, "cpu memory\n")
-    assert cgroups.detect(host, prepare=False) == Folders(mount / "hostler")
-    assert [path.name for path in mount.iterdir()] == ["cgroup.controllers"]
-
-
 @pytest.mark.parametrize("controllers", ["hugetlb\n", "cpu io\n", "\n"])
 def test_a_hierarchy_without_both_controllers_is_of_no_use(host: Path, controllers: str) -> None:
     mounted(host, controllers)
@@ -62,6 +57,25 @@ def test_a_hierarchy_that_may_not_be_changed_is_said_with_the_kernels_reason(hos
     groups = cgroups.detect(host)
     assert not groups.limits
     assert groups.about.endswith("cgroup.subtree_control: Is a directory")
+
+
+def test_what_the_kernel_refuses_names_the_file_and_leaves_no_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: Path, text: str) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # as a write does, without the file's name
+
+    monkeypatch.setattr(Path, "write_text", refuses)
+    with pytest.raises(OSError, match=r"Invalid argument: '.*/0-1-2/memory.max'"):
+        Folders(tmp_path).enter("0-1-2", EVERYTHING)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_our_folder_is_made_again_where_somebody_removed_it(tmp_path: Path) -> None:
+    groups = Folders(tmp_path / "hostler")
+    assert [*groups.uuids()] == []
+    groups.enter("0-1-2", Limits())
+    assert (tmp_path / "hostler" / "0-1-2").is_dir()
 
 
 def test_where_systemd_runs_the_host_a_guest_gets_a_scope(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
