@@ -53,7 +53,8 @@ STUB = """
             # Held until the test opens it: the test decides the order of things, not the clock.
             app.backend.client.blpop(f"gate:{self.request.id}", timeout=60)
         if options.get("on_deadline") == "abort":
-            raise OperationFailed("MIGRATION_FAILED", "too late", {"retryable": True, "node": "n1", "state": "running"})
+            details = {"retryable": True, "node": "n1", "migration_id": self.request.id}
+            raise OperationFailed("MIGRATION_FAILED", "too late", details)
         return {"name": name, "target": target, **REPORT, "options": options}
 
     @app.task(name="instance.migrate_cancel")
