@@ -79,7 +79,8 @@ def _hvparams() -> Iterator[str]:
     yield from ("", "### What is understood and not possible yet", "", "Refused by the node as `UNSUPPORTED`.", "")
     yield from (f"- `{field}`: {reason}" for field, _, reason in UNSUPPORTED)
     yield from (
-        f"- `{field}`: where the host has no control groups of version 2, as `hostler doctor` says" for field in LIMITS
+        f"- `{field}`: where guests cannot have control groups with limits, as `hostler doctor` says"
+        for field in LIMITS
     )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hostler.hvchecks import LIMITS, SEED_PARTS, cross_check
+from hostler.hvchecks import SEED_PARTS, cross_check
 from hostler.hvtypes import (
     BindAddress,
     Capabilities,
@@ -185,7 +185,7 @@ class HvParams(BaseModel):
         0,
         ge=0,
         le=2 * MEMORY_MAX_MIB,
-        description="What QEMU may have in all, or the kernel kills it (memory.max); 0 is no limit.",
+        description="What QEMU may have in all; the kernel swaps, then kills (memory.max). 0 is no limit.",
     )
     cgroup_cpu_max_percent: int = Field(
         0, ge=0, le=100_000, description="Processor time; 100 is one whole processor (cpu.max); 0 is no limit."
@@ -218,11 +218,6 @@ class HvParams(BaseModel):
     def is_confined(self) -> bool:
         """Whether its QEMU gives up the right to open files by their paths before the guest runs."""
         return self.use_chroot or self.security_model != "none"
-
-    @property
-    def has_limits(self) -> bool:
-        """Whether the host has to put a limit on its QEMU."""
-        return any(getattr(self, name) for name in LIMITS)
 
     @property
     def has_seed(self) -> bool:

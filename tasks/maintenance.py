@@ -44,8 +44,8 @@ def hold(service: Service, job: JobContext, arguments: HoldArguments) -> Any:
 @operation(TaskName.NODE_UNHOLD)
 def unhold(service: Service, job: JobContext, arguments: NoArguments) -> Any:
     """Begin the jobs that were held back."""
-    result, wakeups = holding.unhold(service.node)
-    outcome.carry_out(current_app, Ended(wakeups))
+    result, ended = holding.unhold(service.node)
+    outcome.carry_out(current_app, ended)
     return result
 
 

@@ -7,21 +7,32 @@ is executed: memory that a process has touched stays with the group in which it 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 CONTROLLERS = ("cpu", "memory")
 SLICE = "hostler"
+GONE_S = 1.0
+"""How long a process may stay in its group after its pidfd has told of its end."""
+PROBE_S = 10.0
 PERIOD_US = 100_000
 """The kernel's own for cpu.max, and systemd's for CPUQuota."""
 
 _ENTER = 'echo $$ >"$0" && exec "$@"'
 """The shell has the pid that QEMU will have, and writes it to its first argument: the group's cgroup.procs."""
+
+
+_LOOK = 'group=$(sed -n "s/^0:://p" /proc/self/cgroup); echo "$group"; cat "/sys/fs/cgroup$group/cgroup.controllers"'
+"""The group that the shell is in, and its controllers."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,13 @@ class Scopes:
     """systemd's, below ``hostler.slice``. A scope ends with its last process; systemd removes it."""
 
     program: str
-    about: str = "a systemd scope for each guest, below hostler.slice"
     limits: bool = True
+
+    @property
+    def about(self) -> str:
+        """Where they are."""
+        can = "" if self.limits else ", without limits: it has not got the controllers cpu and memory"
+        return f"a systemd scope for each guest, below {SLICE}.slice{can}"
 
     def enter(self, uuid: str, limits: Limits) -> list[str]:
         """systemd-run makes the scope around itself, and then executes QEMU in its place, with its pid and files."""
@@ -128,11 +144,18 @@ class Folders:
 
     def remove(self, uuid: str) -> bool:
         """Raises OSError (EBUSY) while a process is in it; none is ever killed by this."""
-        try:
-            (self.root / uuid).rmdir()
-        except FileNotFoundError:
-            return False
-        return True
+        deadline = time.monotonic() + GONE_S
+        while True:
+            try:
+                (self.root / uuid).rmdir()
+            except FileNotFoundError:
+                return False
+            except OSError as exc:
+                if exc.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(GONE_S / 50)
+            else:
+                return True
 
     def uuids(self) -> Iterator[str]:
         """A folder with no process; it may have been made a moment ago, for one that comes."""
@@ -154,7 +177,7 @@ def detect(root: Path) -> Groups:
         return NoGroups("no control groups for guests: the worker does not run as root")
     if (root / "run/systemd/system").is_dir():  # sd_booted(3)
         program = shutil.which("systemd-run")
-        return Scopes(program) if program else NoGroups("no control groups for guests: there is no systemd-run")
+        return _tried(program) if program else NoGroups("no control groups for guests: there is no systemd-run")
     mount = _mount(root)
     if mount is None:
         return NoGroups("no control groups for guests: no hierarchy of version 2 has both cpu and memory")
@@ -162,6 +185,21 @@ def detect(root: Path) -> Groups:
         return Folders(_prepare(mount))
     except OSError as exc:
         return NoGroups(f"no control groups for guests: {exc.filename}: {exc.strerror}")
+
+
+def _tried(program: str) -> Groups:
+    """Scopes where one can be made: not so in a container that only sees the host's systemd, or may change no groups."""
+    scopes = Scopes(program)
+    through = scopes.enter(f"probe-{uuid4()}", Limits(memory_max_bytes=2**30, cpu_weight=100))
+    try:
+        argv = [*through, "/bin/sh", "-c", _LOOK]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=PROBE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return NoGroups(f"no control groups for guests: {exc}")
+    group, _, controllers = done.stdout.partition("\n")
+    if f"/{SLICE}.slice/" not in group:
+        return NoGroups(f"no control groups for guests: systemd-run made no scope: {done.stderr.strip() or group}")
+    return Scopes(program, limits={*CONTROLLERS} <= {*controllers.split()})
 
 
 def _values(limits: Limits) -> dict[str, str]:

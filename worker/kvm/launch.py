@@ -94,7 +94,7 @@ def spawn(
             [*through, *argv], pass_fds=inherited, stdin=opened[0], stdout=opened[1], stderr=opened[2]
         )
     except OSError as exc:
-        raise QemuFailed(f"cannot execute {binary}: {exc.strerror}") from exc
+        raise QemuFailed(f"cannot execute {[*through, str(binary)][0]}: {exc.strerror}") from exc
     finally:
         for fd in opened:
             os.close(fd)

@@ -56,19 +56,26 @@ def whole_of(session: Session, step: Job) -> list[Wakeup]:
 def held_back(session: Session, job: Job) -> str | None:
     """Why the job's node does not begin it now; None where it does. A job that has begun, or is a part of one, goes on.
 
-    Asked without a lock: whoever ends the hold looks again for jobs that had not seen that.
+    Asked without a lock: a job that has not seen the end of the hold is let go within a heartbeat (``overdue``).
     """
     if job.task not in HELD_TASKS or job.attempts or job.step_of:
         return None
-    held = session.execute(select(Node.held_at, Node.held_reason).where(Node.name == job.node)).first()
+    return why_held(session, job.node)
+
+
+def why_held(session: Session, node: str) -> str | None:
+    """What to tell of a node that holds its jobs back; None where it does not."""
+    held = session.execute(select(Node.held_at, Node.held_reason).where(Node.name == node)).first()
     if held is None or held.held_at is None:
         return None
     since = held.held_at.isoformat(timespec="seconds")
-    return f"node {job.node} holds its jobs back since {since}" + (f": {held.held_reason}" if held.held_reason else "")
+    return f"node {node} holds its jobs back since {since}" + (f": {held.held_reason}" if held.held_reason else "")
 
 
 def hold(job: Job, message: str) -> Decision:
-    """Let a job wait until its node begins jobs again. It keeps its instance: those sent after it stay behind it."""
+    """Let a job wait until its node begins jobs again. It keeps its instance: those sent after it stay behind it. It
+    has no place in its class: that is decided when it begins."""
+    job.slot_taken = False
     job.state, job.waits_on, job.waiting_for, job.message = JobState.WAITING, HOLD, [], message
     return Decision(Verdict.WAIT, message=message)
 

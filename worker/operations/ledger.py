@@ -1,10 +1,11 @@
 """The job ledger: Celery delivers, SQL decides.
 
 A message is a wake-up, the row is the job. Receipt and claim are one transaction, made before the message is
-acknowledged. A job may have to wait, in the ledger and without a thread, on three things in this order:
+acknowledged. A job may have to wait, in the ledger and without a thread, on four things in this order:
 
     parents    jobs it was told to come after, on whichever node
     instance   the job that changes the same instance; one at a time, in the order they were received
+    hold       its node to begin jobs again
     limit      a free place in its class (starts, ...) on this node; by priority, then in order
 
 Whoever ends a job wakes those that waited on it. Locks are taken in one order (node, instance, jobs), so that two
@@ -53,6 +54,7 @@ from worker.operations.job_rows import (
     waiting_children,
     wakeup,
     whole_of,
+    why_held,
 )
 from worker.operations.patience import patient
 from worker.operations.receipts import CancelOutcome, Decision, Ended, Receipt, Verdict, Wakeup
@@ -456,9 +458,11 @@ class Ledger:
             mine = select(Job).where(Job.node == self._node, Job.slot == slot)
             having = mine.where(Job.state.in_(UNDER_WAY), Job.slot_taken)
             taken = session.scalar(select(func.count()).select_from(having.subquery())) or 0
+            queue = mine.where(Job.state == JobState.WAITING, Job.waits_on == LIMIT)
+            if why_held(session, self._node):
+                queue = queue.where(or_(Job.attempts > 0, Job.step_of.is_not(None)))
             waiting = session.scalars(
-                mine.where(Job.state == JobState.WAITING, Job.waits_on == LIMIT)
-                .order_by(Job.priority.desc(), Job.sequence)
+                queue.order_by(Job.priority.desc(), Job.sequence)
                 .limit(max(0, self._limits[slot] - taken))
                 .with_for_update()
             ).all()

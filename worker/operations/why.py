@@ -11,7 +11,7 @@ from models import InstanceLock, Job, utc_now
 from worker.errors import UnknownJob
 from worker.operations import presence
 from worker.operations.context import NodeContext
-from worker.operations.job_rows import HOLD, INSTANCE, LIMIT, PARENTS, STEPS
+from worker.operations.job_rows import HOLD, INSTANCE, LIMIT, PARENTS, STEPS, why_held
 from worker.operations.views import iso, job_view
 
 
@@ -23,7 +23,8 @@ def explain(node: NodeContext, job_id: str) -> dict[str, Any]:
             raise UnknownJob(job_id, node.name)
         others = {other.id: other for other in session.scalars(select(Job).where(Job.id.in_(job.waiting_for)))}
         lock = session.get(InstanceLock, job.instance_name) if job.instance_name else None
-    because, command = _reasons(job, others, lock)
+        held = why_held(session, job.node) or "the node has just begun jobs again"
+    because, command = ([held], f"hostler unhold {job.node}") if job.waits_on == HOLD else _reasons(job, others, lock)
     presences = presence.presences(node.database)
     found = presences[job.node]
     for step in others.values() if job.waits_on == STEPS else ():
@@ -79,8 +80,6 @@ def _waiting(job: Job, others: dict[str, Job], lock: InstanceLock | None) -> tup
         return [f"instance {job.instance_name} is held{since} by", *ahead], f"hostler why {first} -n {job.node}"
     if job.waits_on == LIMIT:
         return [f"all places for {job.slot} jobs on node {job.node} are taken, by", *ahead], "wait, or raise the limit"
-    if job.waits_on == HOLD:
-        return [job.message], f"hostler unhold {job.node}"
     assert job.waits_on == PARENTS
     return ["it comes after", *ahead], f"hostler why {first} -n {job.node}"
 

@@ -8,6 +8,6 @@
     repairing.py     acting, on what still holds, beside no job
     patrol.py        the worker's own audits, which only report
 
-A further kind (chroots, cgroups and network namespaces, once hostler makes any) is one more fact in ``host_facts`` or
+A further kind (network namespaces, once hostler makes any) is one more fact in ``host_facts`` or
 ``records`` and one more ``Kind`` in the list of a ``*_kinds`` module; nothing else has to know of it.
 """

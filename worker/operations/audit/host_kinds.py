@@ -62,9 +62,12 @@ def _end_process(bench: Bench, found: Finding) -> str:
     return f"ended QEMU (pid {suspect.identity.pid}) and removed its folder"
 
 
+def _known(seen: Seen) -> set[str]:
+    return {row.uuid for row in seen.records.runtimes} | {process.uuid for process in seen.host.processes}
+
+
 def _folders(seen: Seen) -> Iterator[Finding]:
-    known = {row.uuid for row in seen.records.runtimes} | {process.uuid for process in seen.host.processes}
-    for uuid in sorted(seen.host.folders.keys() - known):
+    for uuid in sorted(seen.host.folders.keys() - _known(seen)):
         yield finding(
             "folder",
             uuid,
@@ -83,8 +86,7 @@ def _remove_folder(bench: Bench, found: Finding) -> str:
 
 
 def _groups(seen: Seen) -> Iterator[Finding]:
-    known = {row.uuid for row in seen.records.runtimes} | {process.uuid for process in seen.host.processes}
-    for uuid in sorted(seen.host.empty_groups - known):
+    for uuid in sorted(seen.host.empty_groups - _known(seen)):
         yield finding(
             "control_group",
             uuid,

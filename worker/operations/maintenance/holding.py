@@ -7,7 +7,7 @@ from typing import Any
 
 from models import Node, utc_now
 from worker.operations.context import JobContext, NodeContext
-from worker.operations.receipts import Wakeup
+from worker.operations.receipts import Ended
 from worker.operations.views import iso
 
 
@@ -19,14 +19,17 @@ def hold(node: NodeContext, job: JobContext, reason: str) -> dict[str, Any]:
         return {"node": node.name, "held_at": iso(row.held_at), "reason": row.held_reason}
 
 
-def unhold(node: NodeContext) -> tuple[dict[str, Any], list[Wakeup]]:
-    """The jobs that waited are begun, in their order: their messages are to be sent.
+def unhold(node: NodeContext) -> tuple[dict[str, Any], Ended]:
+    """The jobs that waited are begun, in their order, as those that waited for a place meanwhile: they are to be woken.
 
-    A worker that is killed before they are leaves them to the ledger's ``overdue``.
+    A worker that is killed before they are leaves them to the ledger's ``overdue`` and ``forgotten``; ``held_at`` is
+    then None, and ``jobs`` what was left.
     """
     since = _unmark(node)
-    wakeups = node.ledger.let_go()
-    return {"node": node.name, "held_at": iso(since), "jobs": len(wakeups)}, wakeups
+    held = node.ledger.let_go()
+    others = node.ledger.overdue()
+    others.wakeups = [*held, *others.wakeups]
+    return {"node": node.name, "held_at": iso(since), "jobs": len(held)}, others
 
 
 def _unmark(node: NodeContext) -> datetime | None:

@@ -78,21 +78,45 @@ def test_our_folder_is_made_again_where_somebody_removed_it(tmp_path: Path) -> N
     assert (tmp_path / "hostler" / "0-1-2").is_dir()
 
 
-def test_where_systemd_runs_the_host_a_guest_gets_a_scope(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mounted(host, "cpu memory\n")
+@pytest.fixture
+def systemd(host: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A systemd-run that prints what a scope's shell would, as the file ``answer`` beside it has it."""
     (host / "run/systemd/system").mkdir(parents=True)
     program = host / "systemd-run"
-    program.touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(host))
+    program.write_text(f"#!/bin/sh\ncat {host}/answer || exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{host}:{os.environ['PATH']}")
+    return program
+
+
+def test_where_systemd_runs_the_host_a_guest_gets_a_scope(host: Path, systemd: Path) -> None:
+    (host / "answer").write_text("/hostler.slice/hostler-probe-0.scope\ncpu memory pids\n")
     groups = cgroups.detect(host)
-    assert groups == Scopes(str(program))
+    assert groups == Scopes(str(systemd))
     assert groups.enter("0-1-2", EVERYTHING) == [
-        str(program), "--scope", "--quiet", "--collect", "--slice=hostler", "--unit=hostler-0-1-2",
+        str(systemd), "--scope", "--quiet", "--collect", "--slice=hostler", "--unit=hostler-0-1-2",
         "--property=MemoryMax=1073741824", "--property=CPUWeight=50", "--property=CPUQuota=150%", "--",
     ]  # fmt: skip
     assert not [word for word in groups.enter("0-1-2", Limits()) if word.startswith("--property")]
     assert (groups.remove("0-1-2"), [*groups.uuids()]) == (False, [])
-    program.unlink()
+
+
+def test_a_scope_without_the_controllers_has_no_limits(host: Path, systemd: Path) -> None:
+    (host / "answer").write_text("/hostler.slice/hostler-probe-0.scope\npids\n")
+    groups = cgroups.detect(host)
+    assert (groups, groups.limits) == (Scopes(str(systemd), limits=False), False)
+    assert "without limits" in groups.about
+
+
+def test_a_systemd_that_makes_no_scope_is_not_relied_on(
+    host: Path, systemd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = cgroups.detect(host)
+    assert not refused.limits
+    assert "systemd-run made no scope: cat: " in refused.about
+    (host / "answer").write_text("/system.slice/docker-1.scope\ncpu memory\n")
+    assert isinstance(cgroups.detect(host), NoGroups)
+    monkeypatch.setenv("PATH", "/nowhere")
     assert "there is no systemd-run" in cgroups.detect(host).about
 
 

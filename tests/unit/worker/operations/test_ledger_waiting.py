@@ -204,6 +204,25 @@ def test_a_hold_that_ended_unseen_keeps_no_job(database: Database) -> None:
     assert ledger.receive(start("s2")) == wait("s1")
 
 
+def test_the_limit_of_a_class_holds_also_for_jobs_that_were_held_back(database: Database) -> None:
+    ledger = with_limit(database, 1)
+    assert ledger.receive(start("s1")) == RUN
+    assert [ledger.receive(start(name)) for name in ("s2", "s3")] == [wait("s1")] * 2
+    with database.transaction() as session:
+        session.get_one(Node, "n1").held_at = utc_now()
+    assert ledger.succeed("s1", None).wakeups == []
+    assert ledger.overdue().wakeups == []
+    assert {row(database, name).waits_on for name in ("s2", "s3")} == {"limit"}
+    assert ledger.receive(start("s4")).message.startswith("node n1 holds its jobs back since")
+    with database.transaction() as session:
+        session.get_one(Node, "n1").held_at = None
+    assert ids(ledger.let_go()) == ["s4"]
+    assert ids(ledger.overdue().wakeups) == ["s2"]
+    assert ledger.receive(start("s2")) == RUN
+    assert ledger.receive(start("s4")) == wait("s2")
+    assert not row(database, "s4").slot_taken
+
+
 def _succeed(ledger: Ledger, job_id: str) -> Ended:
     return ledger.succeed(job_id, None)
 
