@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from sqlalchemy import select, update
 
 from hostler.errors import OperationFailed
-from models import Job, LiveMigration, UidLease
+from models import Incarnation, Instance, Job, LiveMigration, UidLease
 from tests.faults.promises import Sent
 from tests.node.test_network import PORT, Network
 from tests.nodes import TestNode, tiny_instance, until
@@ -372,6 +373,42 @@ def test_a_step_that_died_too_often_while_it_sent_memory_leaves_nothing(both: li
     assert ticks_on(a, "web1", before) > before
     assert in_order(both, Sent(run.id, frozenset({"MIGRATION_FAILED", "INTERNAL"}))) == []
     assert migrate(a, b)["node"] == "n2"
+
+
+def test_an_earlier_migration_of_a_master_that_failed_never_continues_a_guest_that_a_later_one_moved(
+    both: list[TestNode],
+) -> None:
+    a, b = both
+    before = booted(a)
+    earlier = a.do("migration.info", name="web1", target="n2", bandwidth_mib_s=SLOW_MIB_S)
+    run = a.send("migration.run", name="web1", accepted=b.do("migration.accept", info=earlier))
+    until(lambda: phase_of(a, run) == "transfer", what="memory is on its way")
+    run.cancel()
+    with pytest.raises(OperationFailed):
+        run.wait(60)
+    assert a.do("migration.report", id=earlier["migration_id"])["stage"] == "done"
+    with a.database().transaction() as session:  # as a worker leaves it that dies too often just before
+        session.get_one(LiveMigration, earlier["migration_id"]).stage = "aborted"
+    later = a.do("migration.info", name="web1", target="n2")
+    a.do("migration.run", name="web1", accepted=b.do("migration.accept", info=later))
+    sweeps = heartbeat_of(a)
+    until(lambda: heartbeat_of(a) > sweeps, FORGIVING_S, what="a heartbeat")
+    sweeps = heartbeat_of(a)
+    until(lambda: heartbeat_of(a) > sweeps, FORGIVING_S, what="another one, so that the first has swept")
+    assert a.do("migration.report", id=earlier["migration_id"])["stage"] == "aborted"
+    with a.reading() as session:
+        assert session.get_one(Instance, "web1").node == "n2"
+    b.do("migration.finalize", migration_id=later["migration_id"], success=True)
+    assert ticks_on(b, "web1", before) > before
+    until(lambda: not a.qemu_pids(), FORGIVING_S, what="the source's QEMU is gone")
+
+
+def heartbeat_of(node: TestNode) -> datetime:
+    """The last sign of life of a node's worker."""
+    with node.reading() as session:
+        return session.scalars(
+            select(Incarnation.heartbeat_at).where(Incarnation.node == node.name, Incarnation.ended_at.is_(None))
+        ).one()
 
 
 def test_the_source_s_uid_is_free_again(both: list[TestNode]) -> None:

@@ -188,7 +188,7 @@ def detect(root: Path) -> Groups:
 
 
 def _tried(program: str) -> Groups:
-    """Scopes where one can be made: not so in a container that only sees the host's systemd, or may change no groups."""
+    """Scopes where one can be made: not in a container that only sees the host's systemd, or may change no groups."""
     scopes = Scopes(program)
     through = scopes.enter(f"probe-{uuid4()}", Limits(memory_max_bytes=2**30, cpu_weight=100))
     try:

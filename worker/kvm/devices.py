@@ -43,6 +43,22 @@ def free_size_bytes(path: str) -> int:
     return _size_bytes(path, os.O_RDWR | os.O_EXCL)
 
 
+def identity(path: str) -> str:
+    """What a block device says of itself that no other one of any host says; empty where it says nothing.
+
+    Of sysfs: the uuid of device mapper (LVM, multipath), else the World Wide Name, else the serial number.
+    """
+    number = Path(path).stat().st_rdev
+    folder = Path("/sys/dev/block") / f"{os.major(number)}:{os.minor(number)}"
+    for name in ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial"):
+        try:
+            if said := (folder / name).read_text(errors="replace").strip():
+                return said
+        except OSError:
+            continue
+    return ""
+
+
 def is_blank(path: str) -> bool:
     """Whether nothing is at the beginning of a block device, where whatever it holds has a label. Raises OSError."""
     with Path(path).open("rb") as device:

@@ -44,12 +44,17 @@ def accept(node: NodeContext, guests: Guests, job: JobContext, migration_id: str
     with ExitStack() as undo:
         if row.info["copied"]:
             job.phase("images", 5, "making the disks to copy to")
-            undo.callback(storage.remove_images, storage.make_images(node, row))
+            storage.make_images(node, row)
+            undo.callback(_discard_images, node, migration_id)
             row = rows.get(node, migration_id)
         _require_fit(node, row, instance)
         found = _bring_up(node, guests, job, row, instance, in_tls)
         undo.pop_all()
     return found
+
+
+def _discard_images(node: NodeContext, migration_id: str) -> None:
+    storage.discard_images(node, rows.get(node, migration_id))
 
 
 def _end_earlier_attempt(node: NodeContext, guests: Guests, job: JobContext, name: str) -> None:
@@ -157,7 +162,7 @@ def _claim(attempt: Attempt, undo: ExitStack) -> None:
 
 def _claim_in(session: Session, attempt: Attempt) -> None:
     node, instance = attempt.node, attempt.instance
-    here = session.get(Node, node.name, with_for_update=True, populate_existing=True)
+    here = session.get(Node, node.name, with_for_update={"key_share": True}, populate_existing=True)
     runtime = runtime_of(session, node.name, instance.name)
     if runtime and runtime.uuid == attempt.uuid:
         return  # repeated after a commit whose answer was lost

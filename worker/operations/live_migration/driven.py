@@ -75,8 +75,8 @@ def end(
         return give_back(node, guests, row, "its master said so")
     result = discard(node, guests, job, row)
     given_up = rows.as_failure(MigrationFailed("it was given up before it began; its master said so"), row.stage)
-    rows.move_on(node, row.job_id, Stage.ACCEPTING, Stage.ABORTED, report=row.report | {"failure": given_up})
-    rows.move_on(node, row.job_id, Stage.ABORTED, Stage.DONE)
+    # One that is aborted is the source's to end: its guest has to go on there.
+    rows.move_on(node, row.job_id, Stage.ACCEPTING, Stage.DONE, report=row.report | {"failure": given_up})
     return result
 
 

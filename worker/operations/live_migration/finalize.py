@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any
+
+from sqlalchemy.orm import Session
 
 from hostler.contract import InstanceState
 from hostler.payloads import Nic
@@ -42,12 +45,8 @@ def finalize(node: NodeContext, guests: Guests, job: JobContext, row: LiveMigrat
     if row.stage == Stage.MOVED and (why := _cannot_go_on_here(node, row, guest)):
         return give_back(node, guests, row, why)
     job.carry_on()  # too late for a cancel: nobody else could let the guest go on
-    job.phase(
-        "finalize",
-        90,
-        "letting the guest go on here" if not row.was_paused else "the guest is here, paused",
-        lambda session: rows.enter(session, row.job_id, Stage.MOVED, Stage.CONTINUING),
-    )
+    message = "letting the guest go on here" if not row.was_paused else "the guest is here, paused"
+    job.phase("finalize", 90, message, partial(_decide_to_continue, row=row))
     if guest is None:
         return _ended_here(node, row)
     if not row.was_paused and (why := _continue(guest, first=row.stage == Stage.MOVED)):
@@ -58,6 +57,12 @@ def finalize(node: NodeContext, guests: Guests, job: JobContext, row: LiveMigrat
     if row.info["tls"] and not row.report.get("postcopy"):
         security.take_certificates(guest)
     return _resumed(row, resumed_at)
+
+
+def _decide_to_continue(session: Session, row: LiveMigration) -> None:
+    """From here on the guest may have run here. Raises MigrationFailed where it was given back meanwhile."""
+    if not rows.enter(session, row.job_id, Stage.MOVED, Stage.CONTINUING):
+        raise MigrationFailed("the guest was given back meanwhile", phase="finalize")
 
 
 def _cannot_go_on_here(node: NodeContext, row: LiveMigration, guest: Guest | None) -> str | None:
@@ -142,6 +147,7 @@ def give_back(node: NodeContext, guests: Guests, row: LiveMigration, reason: str
     """The guest is the source's again. The proof first: with its QEMU gone nothing here can ever run it."""
     end_incoming(node, guests, row.instance_name)
     rows.give_back(node, row.job_id, MigrationFailed(f"the guest's memory did not arrive: {reason}"))
+    storage.discard_images(node, rows.get(node, row.job_id))
     return {"returned": reason, "node": row.source}
 
 

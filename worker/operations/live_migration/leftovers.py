@@ -5,9 +5,11 @@ For the case that whoever was to see to it died too often, or gave up waiting fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import structlog
 from sqlalchemy import exists, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from hostler.contract import FINAL_JOB_STATES, InstanceState, TaskName
 from models import Instance, InstanceLock, Job, LiveMigration, Runtime
@@ -16,6 +18,7 @@ from worker.kvm.live_migration.outgoing import Outgoing
 from worker.kvm.live_migration.sample import POSTCOPY
 from worker.operations.context import NodeContext
 from worker.operations.guests import Guests
+from worker.operations.job_rows import locked_lock
 from worker.operations.live_migration import rows
 from worker.operations.live_migration.other_side import end_incoming
 from worker.operations.live_migration.returned import go_on_here
@@ -58,22 +61,41 @@ def _remove(node: NodeContext, guests: Guests, name: str, uuid: str) -> None:
 
 
 def _end(node: NodeContext, guests: Guests, row: LiveMigration) -> None:
-    """Its job can never come back to it; the guest is this node's."""
+    """Its job can never come back to it, and the guest is this node's."""
     why = rows.as_failure(MigrationFailed("the job that was at it has ended; the guest stays"), row.stage)
     report = {"failure": why} | (row.report or {})
-    if rows.move_on(node, row.job_id, rows.SOURCE_OWNS | {Stage.ABORTED}, Stage.ABORTED, report=report):
+    if _take(node, row, report):
         go_on_here(node, guests, row)
         rows.move_on(node, row.job_id, Stage.ABORTED, Stage.DONE)
         log.info("a live migration whose job had ended was given up", migration=row.job_id, instance=row.instance_name)
 
 
+def _take(node: NodeContext, row: LiveMigration, report: dict[str, Any]) -> bool:
+    """Whether it is to be ended still: a job may have taken the guest since it was found, and moved it."""
+    with node.database.transaction() as session:
+        if locked_lock(session, row.instance_name):
+            return False
+        if session.scalar(select(Instance.node).where(Instance.name == row.instance_name)) != node.name:
+            return False
+        return rows.enter(session, row.job_id, rows.SOURCE_OWNS | {Stage.ABORTED}, Stage.ABORTED, report=report)
+
+
 def _abandoned(node: NodeContext) -> list[LiveMigration]:
+    """What this node has of migrations whose jobs have ended, of guests that it owns and nobody has moved since."""
+    later = aliased(LiveMigration)
+    moved_since = exists().where(
+        later.instance_name == LiveMigration.instance_name,
+        later.started_at > LiveMigration.started_at,
+        (later.stage != Stage.DONE) | later.target_uuid.is_not(None),  # no dry run
+    )
     held = exists().where(InstanceLock.instance_name == LiveMigration.instance_name)
     # A master drives it from step to step; whose step it is that sends memory has the instance meanwhile.
     begun = (Job.task == TaskName.MIGRATION_INFO) & (LiveMigration.stage != Stage.ACCEPTING)
     query = (
         select(LiveMigration)
         .join(Job, Job.id == LiveMigration.job_id)
+        .join(Instance, Instance.name == LiveMigration.instance_name)
+        .where(Instance.node == node.name, ~moved_since)
         .where(LiveMigration.source == node.name, LiveMigration.stage.in_(rows.SOURCE_OWNS | {Stage.ABORTED}))
         .where(Job.finished_at.is_not(None), (Job.task == TaskName.INSTANCE_MIGRATE) | begun, ~held)
     )

@@ -144,6 +144,7 @@ class Migration:
             row = self._row
         if row.stage == Stage.ABORTED:
             go_on_here(self._node, self._guests, row)
+            rows.move_on(self._node, row.job_id, Stage.ABORTED, Stage.DONE)
         if row.stage in (Stage.ABORTED, Stage.DONE) and (failure := row.report.get("failure")):
             raise self._as_raised(failure, {})
         return {"migration_id": row.job_id, "stage": row.stage, **row.report}

@@ -57,6 +57,8 @@ def _to_copy(instance: Instance, sync: str) -> Iterator[dict[str, Any]]:
             "size_bytes": size_bytes,
             "backing": [*backing] if backing else None,
             "on_device": on_device,
+            "identity": devices.identity(disk.path) if on_device else "",
+            "blank": on_device and devices.is_blank(disk.path),
             "room_bytes": _room_bytes(disk, size_bytes, on_device=on_device),
         }
 
@@ -68,36 +70,36 @@ def _room_bytes(disk: Disk, size_bytes: int, *, on_device: bool) -> int:
     return devices.size_bytes(disk.path) if on_device else images.room_bytes(size_bytes)
 
 
-def make_images(node: NodeContext, row: LiveMigration) -> list[str]:
-    """On the target: an empty image for each disk, a file or in a block device that is there. Returns their paths.
+def make_images(node: NodeContext, row: LiveMigration) -> None:
+    """On the target: an empty image for each disk, a file or in a block device that is there.
 
     Raises InvalidArgument where a block device will not do, else Unsupported; then none is made. Which are ours is
     written down before, so that whoever comes after a death can tell them from somebody else's.
     """
-    remove_images(row.info.get("made", []))
+    discard_images(node, row)
     _require_places(node, row)
     disks = {disk["path"]: disk for disk in row.info["copied"]}
     if disks:
         rows.note(node, row.job_id, info=row.info | {"made": [*disks]})
     made: list[str] = []
     try:
-        for disk in disks.values():
-            made.append(_make_image(disk))
+        for path, disk in disks.items():
+            made += [path] if devices.is_device(path) else []  # also one that is formatted in part is not blank
+            _make_image(disk)
+            made.append(path)
     except QemuFailed as exc:
         remove_images(made)
         rows.note(node, row.job_id, info=row.info | {"made": []})
         raise Unsupported(f"the target cannot make the guest's disks: {exc}") from exc
-    return made
 
 
-def _make_image(disk: dict[str, Any]) -> str:
+def _make_image(disk: dict[str, Any]) -> None:
     path, format, size_bytes = disk["path"], disk["format"], disk["size_bytes"]
     backing = tuple(disk["backing"]) if disk["backing"] else None
     if not devices.is_device(path):
         storage.create_image(path, format, size_bytes, backing)
     elif format != "raw":  # to a raw one all is copied, also what is zero
         images.format_device(path, size_bytes, backing)
-    return str(path)
 
 
 def _require_places(node: NodeContext, row: LiveMigration) -> None:
@@ -120,6 +122,8 @@ def _problem_of_device(node: NodeContext, row: LiveMigration, disk: dict[str, An
         return why if disk["on_device"] else ""
     if holder := _holder(node, row.instance_name, path):
         return f"{path!r} is in use by instance {holder}"
+    if same := _may_be_the_same(disk):
+        return same
     try:
         found, blank = devices.free_size_bytes(path), devices.is_blank(path)
     except OSError as exc:
@@ -131,6 +135,22 @@ def _problem_of_device(node: NodeContext, row: LiveMigration, disk: dict[str, An
         f"the block device {path!r} has content, and is not overwritten; if nobody needs it, clear its first MiB: "
         f"dd if=/dev/zero of={path} bs=1M count=1 oflag=direct"
     )  # fmt: skip
+
+
+def _may_be_the_same(disk: dict[str, Any]) -> str:
+    """Why the block device here may be the source's own, which would be copied onto itself and cleared at a failure.
+
+    Empty where it is another one: the two say who they are, or one has content and the other, asked later, has not.
+    """
+    here, there, path = devices.identity(disk["path"]), disk["identity"], disk["path"]
+    if here and here == there:
+        return f"{path!r} is the same block device on both nodes ({here}); do not copy what they share"
+    if disk["blank"] and not (here and there):
+        return (
+            f"{path!r} is blank on the source, so that nothing tells whether it is the same block device here; have "
+            "the guest write to it first, a partition table for example"
+        )
+    return ""
 
 
 def _holder(node: NodeContext, name: str, path: str) -> str | None:

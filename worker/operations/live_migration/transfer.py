@@ -221,7 +221,8 @@ def set_out(node: NodeContext, job: JobContext, row: LiveMigration) -> None:
     """The target has accepted it: from here on the guest counts as on its way. Raises Cancelled; safe to repeat."""
 
     def enter(session: Session) -> None:
-        rows.enter(session, row.job_id, Stage.ACCEPTING, Stage.TRANSFERRING)
+        if not rows.enter(session, row.job_id, Stage.ACCEPTING, Stage.TRANSFERRING):
+            raise MigrationFailed("the migration was given up meanwhile", phase="accept")
         rows.set_state_in(session, node.name, row.instance_name, InstanceState.MIGRATING)
 
     job.phase("setup", TRANSFER_FROM, f"opening the way to node {row.target}", enter)

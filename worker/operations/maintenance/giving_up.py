@@ -47,7 +47,7 @@ def settle_migrations(node: NodeContext, dead: str) -> list[tuple[LiveMigration,
 
 def _settle(node: NodeContext, dead: str, row: LiveMigration) -> bool | None:
     why = NodeUnavailable(f"node {dead} was fenced: its host is off")
-    failure = {"report": (row.report or {}) | {"failure": rows.as_failure(why, "finalize")}}
+    failure = {"report": (row.report or {}) | {"failure": rows.as_failure(why, row.stage)}}
     if row.target == dead:
         if row.stage in rows.ON_THE_TARGET:
             # Where it never ran the source has it whole; where it may have run it crashed with the host.
