@@ -46,7 +46,10 @@ def finalize(node: NodeContext, guests: Guests, job: JobContext, row: LiveMigrat
         return give_back(node, guests, row, why)
     job.carry_on()  # too late for a cancel: nobody else could let the guest go on
     message = "letting the guest go on here" if not row.was_paused else "the guest is here, paused"
-    job.phase("finalize", 90, message, partial(_decide_to_continue, row=row))
+    try:
+        job.phase("finalize", 90, message, partial(_decide_to_continue, row=row))
+    except _GoesOnAlready:
+        return _resumed(row, rows.get(node, row.job_id).resumed_at)
     if guest is None:
         return _ended_here(node, row)
     if not row.was_paused and (why := _continue(guest, first=row.stage == Stage.MOVED)):
@@ -59,10 +62,18 @@ def finalize(node: NodeContext, guests: Guests, job: JobContext, row: LiveMigrat
     return _resumed(row, resumed_at)
 
 
+class _GoesOnAlready(Exception):
+    """Somebody else has finalized it meanwhile: a master, or who gives up the source's node."""
+
+
 def _decide_to_continue(session: Session, row: LiveMigration) -> None:
     """From here on the guest may have run here. Raises MigrationFailed where it was given back meanwhile."""
-    if not rows.enter(session, row.job_id, Stage.MOVED, Stage.CONTINUING):
-        raise MigrationFailed("the guest was given back meanwhile", phase="finalize")
+    if rows.enter(session, row.job_id, Stage.MOVED, Stage.CONTINUING):
+        return
+    now = session.get_one(LiveMigration, row.job_id)
+    if now.stage in (Stage.FINALIZED, Stage.DONE) and not (now.report or {}).get("failure"):
+        raise _GoesOnAlready
+    raise MigrationFailed("the guest was given back meanwhile", phase="finalize")
 
 
 def _cannot_go_on_here(node: NodeContext, row: LiveMigration, guest: Guest | None) -> str | None:
