@@ -8,10 +8,15 @@
 #
 # Whatever follows the node's name is a command of hostler's. All of it is below TWO_NODES, /tmp/hst-two unless set.
 set -eu
-node=${1:?usage: docs/two-nodes.sh n1|n2 guest|COMMAND...}
-shift
+node=${1:-}
+case $node in
+n1 | n2) shift ;;
+*) echo "usage: docs/two-nodes.sh n1|n2 guest|COMMAND..." >&2; exit 2 ;;
+esac
+place=$(realpath -m "${TWO_NODES:-/tmp/hst-two}")
 cd "$(dirname "$0")/.."
-place=${TWO_NODES:-/tmp/hst-two}
+python=${HOSTLER_DEV_VENV:-.venv}/bin/python
+[ -x "$python" ] || { echo "there is no $python yet: ./dev setup" >&2; exit 1; }
 unset TWO_NODES
 export HOSTLER_NODE="$node" HOSTLER_STATE_DIR="$place/$node/state" HOSTLER_RUN_DIR="$place/$node/run"
 export HOSTLER_MIGRATION_ADDRESS=127.0.0.1
@@ -22,7 +27,8 @@ if [ "$node" = n1 ]; then # its own defaults are just these, and a worker with d
     unset HOSTLER_BROKER_URL HOSTLER_RESULT_BACKEND HOSTLER_DATABASE_URL
 fi
 if [ "${1:-}" = guest ]; then
-    .venv/bin/python -c 'import sys; from pathlib import Path; from worker.kvm.tiny_guest import write_disk
+    mkdir -p "$place"
+    [ -e "$place/web1.raw" ] || "$python" -c 'import sys; from pathlib import Path; from worker.kvm.tiny_guest import write_disk
 write_disk(Path(sys.argv[1]))' "$place/web1.raw"
     cat >"$place/web1.yaml" <<YAML
 name: web1
@@ -30,6 +36,6 @@ memory_mib: 128
 disks: [{path: "$place/web1.raw"}]
 hvparams: {disk_type: ide, serial_console: true}
 YAML
-    set -- start n1 "$place/web1.yaml"
+    set -- start "$node" "$place/web1.yaml"
 fi
-exec .venv/bin/python -m hostler "$@"
+exec "$python" -m hostler "$@"

@@ -5,6 +5,7 @@ For the case that whoever was to see to it died too often, or gave up waiting fo
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -12,7 +13,7 @@ from sqlalchemy import exists, select
 from sqlalchemy.orm import Session, aliased
 
 from hostler.contract import FINAL_JOB_STATES, InstanceState, TaskName
-from models import Instance, InstanceLock, Job, LiveMigration, Runtime
+from models import Instance, InstanceLock, Job, LiveMigration, Runtime, utc_now
 from worker.errors import MigrationFailed, OperationError
 from worker.kvm.live_migration.outgoing import Outgoing
 from worker.kvm.live_migration.sample import POSTCOPY
@@ -23,15 +24,19 @@ from worker.operations.live_migration import rows
 from worker.operations.live_migration.other_side import end_incoming
 from worker.operations.live_migration.returned import go_on_here
 from worker.operations.live_migration.rows import Stage
+from worker.operations.wanted import IDLE
 
 log = structlog.get_logger(__name__)
+
+ACCEPTED_MAX = timedelta(hours=1)
+"""How long a migration that a master drives may wait to begin: after that its master counts as gone."""
 
 
 def sweep(node: NodeContext, guests: Guests) -> None:
     """See to all that is left here. A QEMU whose guest runs, or which another one needs, is never ended."""
-    for name, uuid in _left(node):
+    for name, uuid, over in _left(node):
         try:
-            _remove(node, guests, name, uuid)
+            _remove(node, guests, name, uuid, over)
         except OperationError as exc:
             log.warning("a live migration's leftover could not be removed", instance=name, reason=str(exc))
     for row in _abandoned(node):
@@ -43,18 +48,18 @@ def sweep(node: NodeContext, guests: Guests) -> None:
 
 def remove(node: NodeContext, guests: Guests, name: str, *, for_migration: str) -> None:
     """As ``sweep``, for what migrations before this one left here of one guest. Raises OperationError."""
-    for name_left, uuid in _left(node, for_migration):
+    for name_left, uuid, over in _left(node, for_migration):
         if name_left == name:
-            _remove(node, guests, name, uuid)
+            _remove(node, guests, name, uuid, over)
 
 
-def _remove(node: NodeContext, guests: Guests, name: str, uuid: str) -> None:
+def _remove(node: NodeContext, guests: Guests, name: str, uuid: str, over: bool) -> None:
     guest = guests.get(name)
     if guest and guest.uuid == uuid and not guest.process.wait(0):
         if guest.talk().status() == "running":
             log.error("a guest runs here that another node owns; nothing is done", instance=name)
             return
-        if Outgoing(guest.talk()).query().status in POSTCOPY:
+        if not over and Outgoing(guest.talk()).query().status in POSTCOPY:
             return  # the guest runs elsewhere on what this one still has of its memory
     removed = end_incoming(node, guests, name, uuid)
     log.info("a live migration's leftover was removed", instance=name, removed=removed)
@@ -90,7 +95,8 @@ def _abandoned(node: NodeContext) -> list[LiveMigration]:
     )
     held = exists().where(InstanceLock.instance_name == LiveMigration.instance_name)
     # A master drives it from step to step; whose step it is that sends memory has the instance meanwhile.
-    begun = (Job.task == TaskName.MIGRATION_INFO) & (LiveMigration.stage != Stage.ACCEPTING)
+    forgotten = LiveMigration.started_at < utc_now() - ACCEPTED_MAX
+    begun = (Job.task == TaskName.MIGRATION_INFO) & ((LiveMigration.stage != Stage.ACCEPTING) | forgotten)
     query = (
         select(LiveMigration)
         .join(Job, Job.id == LiveMigration.job_id)
@@ -103,15 +109,16 @@ def _abandoned(node: NodeContext) -> list[LiveMigration]:
         return [*session.scalars(query)]
 
 
-def _left(node: NodeContext, but_for: str = "") -> list[tuple[str, str]]:
-    """Name and uuid of the QEMUs here whose guests other nodes own, and that nobody needs."""
+def _left(node: NodeContext, but_for: str = "") -> list[tuple[str, str, bool]]:
+    """Name and uuid of the QEMUs here whose guests other nodes own, and that nobody needs; whether the guest ended."""
     query = (
         select(Runtime.instance_name, Runtime.uuid, Instance.state)
         .join(Instance, Instance.name == Runtime.instance_name)
         .where(Runtime.node == node.name, Instance.node != node.name)
     )
     with node.database.reading() as session:
-        return [(name, uuid) for name, uuid, state in session.execute(query) if _is_over(session, name, state, but_for)]
+        found = session.execute(query).all()
+        return [(name, uuid, state in IDLE) for name, uuid, state in found if _is_over(session, name, state, but_for)]
 
 
 def _is_over(session: Session, name: str, state: str, but_for: str) -> bool:

@@ -19,6 +19,7 @@ from worker.operations.context import NodeContext
 from worker.operations.ledger import Ledger
 from worker.operations.live_migration import rows
 from worker.operations.live_migration.rows import Stage
+from worker.operations.maintenance.marks import row_of
 from worker.operations.receipts import Ended
 from worker.operations.wanted import IDLE
 
@@ -55,6 +56,9 @@ def _settle(node: NodeContext, dead: str, row: LiveMigration) -> bool | None:
                 rows.give_back(node, row.job_id, why)
             rows.move_on(node, row.job_id, Stage.CONTINUING, Stage.DONE, **failure)
         return None
+    if row.stage == Stage.SWITCHING and row_of(node.database, row.target).fenced_at is None:
+        # The target may have all of it, and nobody else can: it says whether it has.
+        rows.give_to_target(node, row.job_id, {"tls": bool(row.info["tls"])})
     rows.move_on(node, row.job_id, rows.SOURCE_OWNS, Stage.ABORTED, **failure)
     stage = rows.get(node, row.job_id).stage
     if stage == Stage.FINALIZED:
