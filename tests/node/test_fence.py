@@ -13,7 +13,7 @@ from hostler.client import Job
 from models import Incarnation, Instance, InstanceLock, LiveMigration, Node, Runtime, utc_now
 from models import Job as JobRow
 from tests.nodes import TestNode, tiny_instance, until
-from tests.pairs import job_row, pair, slowly, stage_of, ticks_on
+from tests.pairs import frozen, hurry, job_row, pair, slowly, stage_of, ticks_on
 from worker.kvm.tiny_guest import IGNORE_KEY, IGNORING_MESSAGE
 from worker.operations.presence import ABSENT_AFTER
 
@@ -230,17 +230,14 @@ def test_a_guest_that_had_been_sent_goes_on_where_it_is(nodes: list[TestNode], r
     a, b, c = nodes
     start(a, "web1")
     migration = slowly(a, b)
-    os.kill(b.worker.pid, signal.SIGSTOP)  # type: ignore[union-attr]
-    try:
-        a.do("instance.migrate_tune", name="web1", bandwidth_mib_s=0)
+    with frozen(b):
+        hurry(a)
         until(lambda: stage_of(a, migration) == "moved", what="it is sent")
         lose_power(a)
         if recorded == "switching":
             forget_that_it_was_sent(c, migration.id)
         fence = c.send("node.fence", **OFF)
         until(lambda: job_row(c, f"{fence.id}.finalize.web1") is not None, what="its target is told")
-    finally:
-        os.kill(b.worker.pid, signal.SIGCONT)  # type: ignore[union-attr]
     [guest] = fence.wait(60)["guests"]
     assert (guest["name"], guest["verdict"], guest["node"]) == ("web1", "moved", "n2")
     ticks_on(b, "web1", 0)

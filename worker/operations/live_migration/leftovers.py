@@ -34,9 +34,9 @@ ACCEPTED_MAX = timedelta(hours=1)
 
 def sweep(node: NodeContext, guests: Guests) -> None:
     """See to all that is left here. A QEMU whose guest runs, or which another one needs, is never ended."""
-    for name, uuid, over in _left(node):
+    for name, uuid, ended in _left(node):
         try:
-            _remove(node, guests, name, uuid, over)
+            _remove(node, guests, name, uuid, ended)
         except OperationError as exc:
             log.warning("a live migration's leftover could not be removed", instance=name, reason=str(exc))
     for row in _abandoned(node):
@@ -48,18 +48,18 @@ def sweep(node: NodeContext, guests: Guests) -> None:
 
 def remove(node: NodeContext, guests: Guests, name: str, *, for_migration: str) -> None:
     """As ``sweep``, for what migrations before this one left here of one guest. Raises OperationError."""
-    for name_left, uuid, over in _left(node, for_migration):
+    for name_left, uuid, ended in _left(node, for_migration):
         if name_left == name:
-            _remove(node, guests, name, uuid, over)
+            _remove(node, guests, name, uuid, ended)
 
 
-def _remove(node: NodeContext, guests: Guests, name: str, uuid: str, over: bool) -> None:
+def _remove(node: NodeContext, guests: Guests, name: str, uuid: str, ended: bool) -> None:
     guest = guests.get(name)
     if guest and guest.uuid == uuid and not guest.process.wait(0):
         if guest.talk().status() == "running":
             log.error("a guest runs here that another node owns; nothing is done", instance=name)
             return
-        if not over and Outgoing(guest.talk()).query().status in POSTCOPY:
+        if not ended and Outgoing(guest.talk()).query().status in POSTCOPY:
             return  # the guest runs elsewhere on what this one still has of its memory
     removed = end_incoming(node, guests, name, uuid)
     log.info("a live migration's leftover was removed", instance=name, removed=removed)
