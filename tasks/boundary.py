@@ -88,7 +88,7 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
         publish=lambda meta: outcome.report(request, JobState.PROGRESS, meta),
         attempt=getattr(request, "hostler_attempt", None) or 1,
         deaths=getattr(request, "hostler_deaths", None) or 0,
-        whole=_whole(task, service, name, kwargs),
+        whole=_whole(task, name, kwargs),
     )
     if getattr(request, "hostler_cancelled", False):
         job.cancel()
@@ -114,12 +114,12 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
     return result
 
 
-def _whole(task: Task, service: Service, name: TaskName, kwargs: dict[str, Any]) -> Whole | None:
+def _whole(task: Task, name: TaskName, kwargs: dict[str, Any]) -> Whole | None:
     """The job that this one is a step of; a job that somebody sent is none."""
     whole_id, _, step = str(task.request.id).rpartition(".")
     if name not in STEP_TASKS or migration_id_of(kwargs) != whole_id or step not in SHOWN_AS:
         return None
-    return Whole(whole_id, outcome.report_whole(service, whole_id), step, SHOWN_AS[step])
+    return Whole(whole_id, outcome.report_whole, step, SHOWN_AS[step])
 
 
 def _give_up_if_tried_too_often(service: Service, job: JobContext, name: TaskName) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import structlog
@@ -53,19 +53,12 @@ def report(request: Any, state: JobState, meta: dict[str, Any] | OperationFailed
         reporter.report(request, state, meta)
 
 
-def report_whole(service: Service, job_id: str) -> Callable[[dict[str, Any]], None]:
-    """How a step reports in the name of the job it belongs to, which its own node ends."""
+def report_whole(whole: Job, meta: dict[str, Any]) -> None:
+    """How a step reports in the name of the job it belongs to, which its own node ends.
 
-    @cache
-    def job() -> Job | None:
-        return presence.known_jobs(service.node.database, [job_id]).get(job_id)
-
-    def publish(meta: dict[str, Any]) -> None:
-        # Only while the job waits for the step, as the ledger has just seen; what comes late all the same is in doubt.
-        if whole := job():
-            report(request_of(whole.id, whole.task, whole.arguments, whole.node), JobState.PROGRESS, meta)
-
-    return publish
+    Only while that job waits for the step, as the ledger has just seen; what comes late all the same is in doubt.
+    """
+    report(request_of(whole.id, whole.task, whole.arguments, whole.node), JobState.PROGRESS, meta)
 
 
 def doubt(job_ids: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hostler.settings import Settings
-from models import Database, utc_now
+from models import Database, Job, utc_now
 from worker.errors import Cancelled
 from worker.isolation import cgroups
 from worker.kvm import accelerator, emulator
@@ -102,7 +102,7 @@ class Whole:
     """The job that another one is a step of, and how the step shows there: as this phase, from percent to percent."""
 
     job_id: str
-    publish: Publish
+    publish: Callable[[Job, dict[str, Any]], None]
     phase: str
     span: tuple[int, int]
 
@@ -139,15 +139,15 @@ class JobContext:
         """
         self.check_cancelled()
         ledger, whole = self.node.ledger, self.whole
-        of_whole = None
+        waiting = None
         if whole is None:
             stored = ledger.advance(self.id, phase, percent, message, also)
         else:
             there = whole.job_id, whole.phase, whole.percent(percent)
-            stored, of_whole = ledger.advance_step(self.id, phase, percent, message, there, also)
+            stored, waiting = ledger.advance_step(self.id, phase, percent, message, there, also)
         self.current_phase = phase
-        if whole and of_whole is not None:  # whoever watches does so there
-            whole.publish(self._meta(whole.phase, of_whole, message))
+        if whole and waiting:  # whoever watches does so there
+            whole.publish(waiting, self._meta(whole.phase, waiting.percent, message))
         else:
             self._tell(stored, message)
 

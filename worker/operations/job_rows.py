@@ -192,8 +192,12 @@ def holds_instance(session: Session, job: Job) -> bool:
 def owned_job(session: Session, job_id: str) -> Job:
     job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
     if job is None:
-        raise LookupError(f"job {job_id} is not in the ledger")
+        raise not_in_the_ledger(job_id)
     return job
+
+
+def not_in_the_ledger(job_id: str) -> LookupError:
+    return LookupError(f"job {job_id} is not in the ledger")
 
 
 def waiting_children(session: Session, job_id: str) -> list[str]:

@@ -47,6 +47,7 @@ from worker.operations.job_rows import (
     locked_lock,
     locked_with_instance,
     make_ready,
+    not_in_the_ledger,
     owned_job,
     parents,
     park,
@@ -163,8 +164,9 @@ class Ledger:
             return None
 
     def _decide(self, session: Session, receipt: Receipt) -> Decision:
-        known = session.execute(select(Job.instance_name).where(Job.id == receipt.job_id)).first()
-        self._lock_node(session, receipt.slot)
+        known = session.execute(select(Job.instance_name, Job.slot_taken).where(Job.id == receipt.job_id)).first()
+        if not (known and known.slot_taken):  # one that had its place and lost it meanwhile has ended, or is put off
+            self._lock_node(session, receipt.slot)
         holder = self._lock_instance(session, known.instance_name if known else receipt.instance_name, receipt.job_id)
         job = owned_job(session, receipt.job_id) if known else self._insert(session, receipt)
         put_off = job.state == JobState.RETRY and job.retry_at is not None and job.retry_at > utc_now()
@@ -267,21 +269,25 @@ class Ledger:
         message: str,
         whole: tuple[str, str, int],
         also: Also = nothing_else,
-    ) -> tuple[int, int | None]:
+    ) -> tuple[int, Job | None]:
         """As ``advance``, for a step, and for the job it belongs to: its id, its phase and its percentage.
 
-        The second percentage returned is None where that job does not wait for the step (any more).
+        That job is returned too; None where it does not wait for the step (any more).
         """
         whole_id, its_phase, its_percent = whole
+        both = select(Job).where(Job.id.in_([job_id, whole_id])).with_for_update()
         with self._database.transaction() as session:
             also(session)
-            job = owned_job(session, job_id)
+            found = {job.id: job for job in session.scalars(both)}
+            if (job := found.get(job_id)) is None:
+                raise not_in_the_ledger(job_id)
             job.state = JobState.PROGRESS
             self._enter(job, phase, percent, message)
-            waiting = session.scalar(select(Job).where(Job.id == whole_id, Job.waits_on == STEPS).with_for_update())
-            if waiting:
-                self._enter(waiting, its_phase, its_percent, f"{message} ({self._node})")
-            return job.percent, waiting.percent if waiting else None
+            waiting = found.get(whole_id)
+            if waiting is None or waiting.waits_on != STEPS:
+                return job.percent, None
+            self._enter(waiting, its_phase, its_percent, f"{message} ({self._node})")
+            return job.percent, waiting
 
     @staticmethod
     def _enter(job: Job, phase: str, percent: int, message: str) -> None:
@@ -345,32 +351,26 @@ class Ledger:
 
         ``phase`` (with its percentage and message) is entered at the same moment.
         """
+        ids = [step.id for step in steps]
         with self._database.transaction() as session:
             job = owned_job(session, job_id)
+            known = {part.id: part for part in session.scalars(select(Job).where(Job.id.in_(ids)))}
             also(session)
             if phase:
                 self._enter(job, *phase)
-            known = set(session.scalars(select(Job.id).where(Job.id.in_([step.id for step in steps]))))
-            parts = [self._part(session, job, step) for step in steps]
             job.state, job.claimed_by, job.waits_on = JobState.PROGRESS, None, STEPS
-            job.waiting_for, job.retry_at = [part.id for part in parts], utc_now() + timedelta(seconds=deadline_s)
-            wakeups = [wakeup(part) for part in parts if part.state == JobState.PENDING]
+            job.waiting_for, job.retry_at = ids, utc_now() + timedelta(seconds=deadline_s)
+            new = {step.id: step.row(job) for step in steps if step.id not in known}
+            session.add_all(new.values())
+            session.flush()
+            session.add_all(JobParent(job_id=job.id, parent_id=step_id) for step_id in new)
+            wakeups = [wakeup(part) for part in (*known.values(), *new.values()) if part.state == JobState.PENDING]
         if not known:
             return wakeups  # nobody could see them before, and whoever ends one sees that the job waits
         # Looked at once it is there for all to see that the job waits: a step may have ended meanwhile.
         ended = Ended()
         self._settle_child(job_id, ended)
         return [*wakeups, *ended.wakeups]
-
-    @staticmethod
-    def _part(session: Session, job: Job, step: Step) -> Job:
-        part = session.scalar(select(Job).where(Job.id == step.id))
-        if part is None:
-            part = step.row(job)
-            session.add(part)
-            session.flush()
-            session.add(JobParent(job_id=job.id, parent_id=step.id))
-        return part
 
     def step(self, step_id: str) -> StepEnd | None:
         """How a step ended; None while it has not, or where there is none."""

@@ -57,7 +57,7 @@ def migrate(node: NodeContext, guests: Guests, job: JobContext, arguments: Migra
     """
     row = rows.find(node, job.id)
     if row is None:
-        if job.last_phase()[0] == "move" and (report := was_moved(node, arguments)):
+        if job.attempt > 1 and job.last_phase()[0] == "move" and (report := was_moved(node, arguments)):
             return report
         instance = checks.instance_here(node, arguments.name)
         job.phase("check", 2, f"looking whether {arguments.name} can be moved to node {arguments.target}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import Update, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from hostler.contract import ErrorCode, InstanceState
@@ -80,15 +80,14 @@ def move_on(node: NodeContext, migration_id: str, before: frozenset[Stage] | Sta
 def enter(session: Session, migration_id: str, before: frozenset[Stage] | Stage, to: Stage, **values: Any) -> bool:
     """As ``move_on``, in a transaction of the caller's."""
     allowed = {before} if isinstance(before, Stage) else before
-    row = session.get_one(LiveMigration, migration_id, with_for_update=True)
-    if row.stage not in allowed:
-        return row.stage == to
-    row.stage = to
     if to in (Stage.DONE, Stage.ABORTED):
-        row.ended_at = utc_now()
-    for name, value in values.items():
-        setattr(row, name, value)
-    return True
+        values["ended_at"] = utc_now()
+    this = LiveMigration.job_id == migration_id
+    entering = update(LiveMigration).where(this, LiveMigration.stage.in_(allowed)).values(stage=to, **values)
+    if session.execute(entering.execution_options(synchronize_session=False)).rowcount:  # type: ignore[attr-defined]
+        return True
+    now = session.scalars(select(LiveMigration.stage).where(this).with_for_update()).one()
+    return now == to
 
 
 @patient
@@ -122,13 +121,14 @@ def _change_owner(
     owner, other = (row.target, row.source) if to_target else (row.source, row.target)
     if to_target:
         row.switched_at = utc_now()
-    # One statement, not through the object: it must not touch the runtimes.
-    session.execute(
-        update(Instance)
-        .where(Instance.name == row.instance_name, Instance.node == other)
-        .values(node=owner, state=InstanceState.MIGRATING, reason=None, ended_at=None, restart_at=None)
-        .execution_options(synchronize_session=False)
-    )
+    moved = {"node": owner, "state": InstanceState.MIGRATING, "reason": None, "ended_at": None, "restart_at": None}
+    session.execute(_of(row.instance_name, other).values(moved))
+
+
+def _of(name: str, owner: str) -> Update:
+    """To change an instance of one node, in one statement: it must not touch the runtimes, and nobody waits for it."""
+    mine = update(Instance).where(Instance.name == name, Instance.node == owner)
+    return mine.execution_options(synchronize_session=False)
 
 
 def as_failure(exc: Exception, phase: str) -> dict[str, Any]:
@@ -175,9 +175,7 @@ def set_state(node: NodeContext, name: str, state: InstanceState) -> None:
 
 def set_state_in(session: Session, owner: str, name: str, state: InstanceState) -> None:
     """As ``set_state`` of node ``owner``, in a transaction of the caller's."""
-    row = session.get(Instance, name, with_for_update=True, populate_existing=True)
-    if row and row.node == owner:
-        row.state = state
+    session.execute(_of(name, owner).values(state=state))
 
 
 def thin_out_samples(node: NodeContext, migration_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,8 @@ log = structlog.get_logger(__name__)
 
 TRANSFER_FROM, TRANSFER_TO = 25, 90
 """What of the job's percent the transfer is."""
+PERIOD_S = 0.25
+"""At most so often: four a second (contract.md)."""
 LAST_S = 2.0
 """How long the end of a transfer waits for the last look to be kept."""
 _THIN_EVERY = 500
@@ -32,7 +35,7 @@ NOT_BEGUN = {
 
 
 class Teller:
-    """Reports and keeps the latest look; those that come faster than the database takes them are passed over."""
+    """Reports and keeps the latest look, and the last one of all; those that come faster are passed over."""
 
     def __init__(self, node: NodeContext, job: JobContext, migration_id: str) -> None:
         self._node = node
@@ -43,6 +46,7 @@ class Teller:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="migration-teller", daemon=True)
         self._kept = 0
+        self._told_at = 0.0
 
     def __enter__(self) -> Teller:
         self._thread.start()
@@ -76,7 +80,9 @@ class Teller:
 
     def _next(self) -> dict[str, Any] | None:
         with self._changed:
+            self._changed.wait_for(lambda: self._closed, self._told_at + PERIOD_S - time.monotonic())
             self._changed.wait_for(lambda: self._latest or self._closed)
+            self._told_at = time.monotonic()
             meta, self._latest = self._latest, None
             return meta
 

@@ -174,7 +174,8 @@ def test_a_step_shows_in_the_job_it_belongs_to_only_while_that_waits_for_it(
 ) -> None:
     first, second = waiting
     second.receive(STEP_RECEIPT)
-    assert second.advance_step("j1.accept", "spawn", 40, "making a QEMU", ("j1", "accept", 7)) == (40, 7)
+    stored, whole = second.advance_step("j1.accept", "spawn", 40, "making a QEMU", ("j1", "accept", 7))
+    assert (stored, whole and (whole.id, whole.percent)) == (40, ("j1", 7))
     assert (row(database, "j1").phase, row(database, "j1").message) == ("accept", "making a QEMU (n2)")
     assert (row(database, "j1.accept").phase, row(database, "j1.accept").percent) == ("spawn", 40)
     first.cancel("j1", "no more")
