@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import structlog
@@ -94,11 +95,13 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
         job.cancel()
     ledger = service.node.ledger
     try:
-        with service.running(job):
+        with service.running(job), _told_to_its_end(job.whole):
             _give_up_if_tried_too_often(service, job, name)
             result = function(service, job, _arguments(name, args, kwargs))
     except HandedOver as elsewhere:
+        outcome.hurry(job.id)
         outcome.carry_out(task.app, Ended(elsewhere.wakeups))
+        _do_meanwhile(elsewhere, job)
         raise Ignore from None
     except Exception as exc:
         failure = as_failure(exc)
@@ -112,6 +115,23 @@ def _run(task: Task, name: TaskName, function: Operation[P], args: Any, kwargs: 
         raise failure from None
     outcome.settle(task.app, ledger, job.id, lambda: ledger.succeed(job.id, result, job.at_success))
     return result
+
+
+@contextmanager
+def _told_to_its_end(whole: Whole | None) -> Iterator[None]:
+    """What is told late of a step must not come after what the node of its job tells next."""
+    try:
+        yield
+    finally:
+        if whole:
+            outcome.report_no_more(whole.job_id)
+
+
+def _do_meanwhile(elsewhere: HandedOver, job: JobContext) -> None:
+    try:
+        elsewhere.meanwhile()
+    except Exception as exc:  # whatever it is: the job does it again, and says so then
+        log.info("what was to be done meanwhile failed", job=job.id, reason=str(exc))
 
 
 def _whole(task: Task, name: TaskName, kwargs: dict[str, Any]) -> Whole | None:

@@ -67,7 +67,14 @@ def doubt(job_ids: Iterable[str]) -> None:
         reporter.doubt(job_ids)
 
 
-def _report_no_more(job_id: str) -> None:
+def hurry(job_id: str) -> None:
+    """Publish the last report of a job before another node reports on it."""
+    for reporter in _reporters:
+        reporter.hurry(job_id)
+
+
+def report_no_more(job_id: str) -> None:
+    """Publish nothing more of a job: its end comes next, or another node's report."""
     for reporter in _reporters:
         reporter.settle(job_id)
 
@@ -94,7 +101,7 @@ def settle(app: Celery, ledger: Ledger, job_id: str, finish: Callable[[], Ended]
             # What it ended with is nothing a database can keep; its instance must not wait for that for ever.
             log.exception("the job's end cannot be recorded as it is", job=job_id)
             finish = partial(ledger.fail, job_id, UNRECORDABLE)
-    _report_no_more(job_id)
+    report_no_more(job_id)
     carry_out(app, ended)
 
 
@@ -125,7 +132,7 @@ def wake(app: Celery, wakeup: Wakeup) -> None:
 
 def mark_revoked(app: Celery, job_id: str, message: str, request: Any = None) -> None:
     """Let the job's master and Flower see that it was revoked, at once or, where that fails, as soon as can be."""
-    _report_no_more(job_id)
+    report_no_more(job_id)
     try:
         _tell_revoked(app, job_id, message, request)
     except Exception as exc:

@@ -29,6 +29,9 @@ log = structlog.get_logger(__name__)
 SETTLE_S = 2.0
 """How long a finished job waits for a report under way, so that it cannot overwrite the job's result."""
 
+PERIOD_S = 0.1
+"""How often one job is reported on at most: phases that are over sooner cost more to tell than to do."""
+
 LOOK_AFTER_S = 0.5
 """How long a job stays in doubt: the ledger is asked once for all reports of that time."""
 LOOK_AGAIN_S = 2.0
@@ -46,7 +49,7 @@ Restore = Callable[[Collection[str]], Collection[str]]
 
 
 class Reporter:
-    """Publishes the latest report of each job, in the order the jobs first reported.
+    """Publishes the latest report of each job, at once or PERIOD_S after the one before.
 
     ``restore`` is given jobs in doubt. It sees to it that the backend has the results of those that have ended, and
     returns those for which it could not; when it raises, it is given all of them again.
@@ -60,6 +63,7 @@ class Reporter:
         self._look_at = 0.0
         self._pending: OrderedDict[str, Report] = OrderedDict()
         self._publishing: str | None = None
+        self._told_at: dict[str, float] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
@@ -69,6 +73,12 @@ class Reporter:
         """Publish ``meta`` soon; an older report of the same job that was not published yet is passed over."""
         with self._changed:
             self._pending[request.id] = (request, state, meta)
+            self._changed.notify_all()
+
+    def hurry(self, job_id: str) -> None:
+        """Publish at once what is still to be published of a job: another node tells how it goes on."""
+        with self._changed:
+            self._told_at.pop(job_id, None)
             self._changed.notify_all()
 
     def settle(self, job_id: str) -> None:
@@ -105,11 +115,16 @@ class Reporter:
                     doubted = set(islice(self._doubted, LOOK_AT_MAX))
                     self._doubted -= doubted
                     return None, doubted
-                if self._pending:
-                    self._publishing, report = self._pending.popitem(last=False)
-                    return report, set()
-                self._changed.wait(left_s)
+                due_s = [(self._due_in_s(job_id), job_id) for job_id in self._pending]
+                for wait_s, job_id in due_s:
+                    if wait_s <= 0:
+                        self._publishing = job_id
+                        return self._pending.pop(job_id), set()
+                self._changed.wait(min([*(wait_s for wait_s, _ in due_s), *([left_s] if left_s else [])], default=None))
             return None, set()
+
+    def _due_in_s(self, job_id: str) -> float:
+        return self._told_at.get(job_id, 0.0) + PERIOD_S - time.monotonic()
 
     def _put_in_doubt(self, job_ids: Iterable[str]) -> None:
         if not self._doubted:
@@ -125,6 +140,8 @@ class Reporter:
             log.warning("a job's progress could not be published", job=job_id, reason=str(exc))
         with self._changed:
             self._publishing = None
+            now = time.monotonic()
+            self._told_at = {each: at for each, at in self._told_at.items() if at > now - PERIOD_S} | {job_id: now}
             self._put_in_doubt([job_id])  # also after a failure: it may have arrived, and only the answer got lost
 
     def _try_to_restore(self, doubted: set[str]) -> None:

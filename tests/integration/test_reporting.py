@@ -85,7 +85,7 @@ def busy(node: TestNode, name: str = "web1") -> Iterator[str]:
         job.wait(DEADLINE_S)
 
 
-def test_a_job_sends_an_event_for_each_phase_with_a_text_in_result(n1: TestNode) -> None:
+def test_a_job_sends_events_of_its_progress_with_a_text_in_result(n1: TestNode) -> None:
     with events(n1) as heard:
         job = n1.send("instance.start", instance=tiny_instance(n1.root))
         job.wait(DEADLINE_S)

@@ -16,7 +16,7 @@ from hostler.errors import OperationFailed
 from models import Instance, Node, utc_now
 from models import Job as JobRow
 from tests.nodes import TestNode, tiny_instance, until
-from tests.pairs import SLOW_MIB_S, end_guests, hurry, in_order, job_row, pair, ticks_on
+from tests.pairs import SLOW_MIB_S, end_guests, hurry, in_order, job_row, pair, slowly, ticks_on
 
 pytestmark = pytest.mark.node
 
@@ -211,19 +211,50 @@ def test_a_second_drain_is_refused_while_one_runs_and_a_cancelled_one_begins_no_
     assert len(again) == len(NAMES) - 1
 
 
+def wait_to_be_started_again(node: TestNode, due_in: timedelta) -> None:
+    """As a guest that crashed, with a ``restart_policy``."""
+    node.do("instance.stop", name="web1", force=True)
+    due = {"state": "crashed", "wanted": "running", "restart_at": utc_now() + due_in}
+    with node.database().transaction() as session:
+        session.execute(update(Instance).where(Instance.name == "web1").values(due))
+
+
 def test_a_guest_that_waits_to_be_started_again_is_started_elsewhere(nodes: list[TestNode]) -> None:
     a, _, _ = nodes
     start_all(a, ["web1"])
-    a.do("instance.stop", name="web1", force=True)
-    with a.database().transaction() as session:
-        session.execute(
-            update(Instance)
-            .where(Instance.name == "web1")
-            .values(state="crashed", wanted="running", restart_at=utc_now() + timedelta(hours=1))
-        )
+    wait_to_be_started_again(a, timedelta(hours=1))
     [verdict] = a.do("node.drain", targets=["n2"])["verdicts"]
     assert (verdict["verdict"], verdict["node"]) == ("moved", "n2")
     assert nodes[1].info("web1")["state"] == "running"
+
+
+def test_a_node_that_is_undrained_and_drained_again_loses_no_guest_that_was_just_being_started(
+    nodes: list[TestNode],
+) -> None:
+    a, b, _ = nodes
+    start_all(a, ["web1"])
+    a.do("instance.stop", name="web1", force=True)
+    assert a.do("node.drain", auto=True)["verdicts"] == []
+    wait_to_be_started_again(a, timedelta(0))
+    undrain, drain = a.send("node.undrain"), a.send("node.drain", targets=["n2"])
+    assert undrain.wait(30)["node"] == "n1"
+    [verdict] = drain.wait(60)["verdicts"]
+    assert (verdict["verdict"], verdict["node"]) == ("moved", "n2"), verdict
+    assert b.info("web1")["state"] == "running"
+    assert a.qemu_pids() == []
+
+
+def test_a_guest_on_its_way_to_the_drained_node_arrives_and_leaves_again(nodes: list[TestNode]) -> None:
+    a, b, c = nodes
+    before = start_all(b, ["web1"])["web1"]
+    coming = slowly(b, a)
+    drain = a.send("node.drain", targets=["n3"])
+    until(lambda: moves(a, drain), what="it is to leave again")
+    hurry(b)
+    assert coming.wait(60)["node"] == "n1"
+    [verdict] = drain.wait(60)["verdicts"]
+    assert (verdict["verdict"], verdict["node"]) == ("moved", "n3")
+    assert ticks_on(c, "web1", before) > before
 
 
 @pytest.mark.parametrize(

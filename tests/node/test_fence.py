@@ -10,10 +10,11 @@ import pytest
 from sqlalchemy import select, update
 
 from hostler.client import Job
+from hostler.errors import OperationFailed
 from models import Incarnation, Instance, InstanceLock, LiveMigration, Node, Runtime, utc_now
 from models import Job as JobRow
 from tests.nodes import TestNode, tiny_instance, until
-from tests.pairs import frozen, hurry, job_row, pair, slowly, stage_of, ticks_on
+from tests.pairs import frozen, hurry, job_row, pair, phase_of, slowly, stage_of, ticks_on
 from worker.kvm.tiny_guest import IGNORE_KEY, IGNORING_MESSAGE
 from worker.operations.presence import ABSENT_AFTER
 
@@ -218,11 +219,11 @@ def test_what_waited_on_the_target_for_a_guest_of_the_fenced_node_is_removed(nod
     ticks_on(b, "web1", 0)
 
 
-def forget_that_it_was_sent(node: TestNode, migration_id: str) -> None:
-    """As where the host lost power after QEMU had sent the last part, and before that was written down."""
+def forget_that_it_was_sent(node: TestNode, migration_id: str, source: str = "n1") -> None:
+    """As where the source's host or worker died after QEMU had sent the last part, and before that was written down."""
     with node.database().transaction() as session:
         session.execute(update(LiveMigration).where(LiveMigration.job_id == migration_id).values(stage="switching"))
-        session.execute(update(Instance).where(Instance.name == "web1").values(node="n1"))
+        session.execute(update(Instance).where(Instance.name == "web1").values(node=source))
 
 
 @pytest.mark.parametrize("recorded", ["moved", "switching"])
@@ -254,3 +255,39 @@ def test_a_guest_on_its_way_to_the_fenced_node_runs_on_where_it_was(nodes: list[
     until(lambda: stage_of(c, migration) == "done", what="the migration is over")
     ticks_on(b, "web1", 0)
     assert of_n1(c) == {}
+
+
+def test_a_guest_that_its_fenced_target_had_whole_runs_on_where_it_was(nodes: list[TestNode]) -> None:
+    """Its source's worker was away when the last part had been sent, and comes back after the fence."""
+    a, b, c = nodes
+    start(b, "web1")
+    migration = slowly(b, a)
+    with frozen(a):
+        hurry(b)
+        until(lambda: stage_of(b, migration) == "moved", what="it is sent")
+        b.kill_worker()
+    lose_power(a)
+    forget_that_it_was_sent(c, migration.id, "n2")
+    assert c.do("node.fence", **OFF)["guests"] == []
+    b.start_worker()
+    with pytest.raises(OperationFailed, match="node n1 was fenced") as failed:
+        migration.wait(60)
+    assert failed.value.details["node"] == "n2"
+    ticks_on(b, "web1", 0)
+    assert b.info("web1")["state"] == "running"
+    assert of_n1(c).keys() <= {"jobs"}  # it is told to clean up when it has a worker again
+
+
+def test_what_the_source_kept_for_a_guest_that_ended_on_its_fenced_target_is_removed(nodes: list[TestNode]) -> None:
+    a, b, c = nodes
+    b.start(tiny_instance(b.root, memory_mib=64))
+    with b.serial("web1") as serial:
+        serial.tick()
+    migration = slowly(b, a, postcopy="at-once")
+    until(lambda: phase_of(b, migration) == "postcopy", what="the guest runs on its target")
+    lose_power(a)
+    assert [each["verdict"] for each in c.do("node.fence", **OFF)["guests"]] == ["crashed"]
+    with pytest.raises(OperationFailed, match="ended on node n1 before all of its memory had followed"):
+        migration.wait(60)
+    assert b.qemu_pids() == []
+    assert c.start(tiny_instance(b.root, memory_mib=64))["node"] == "n3"

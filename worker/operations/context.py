@@ -20,7 +20,7 @@ from worker.kvm.emulator import Features
 from worker.kvm.qmp import EventLoop
 from worker.network import links, scripts
 from worker.operations.ledger import Also, Ledger, nothing_else
-from worker.operations.steps import HandedOver, Step
+from worker.operations.steps import HandedOver, Step, nothing
 
 CANCEL_POLL_S = 0.1
 """How soon a job that waits hears of a cancel."""
@@ -158,16 +158,17 @@ class JobContext:
         *,
         phase: tuple[str, int, str] | None = None,
         also: Also = nothing_else,
+        meanwhile: Callable[[], None] = nothing,
     ) -> HandedOver:
         """Give other jobs parts of this one, which waits for them; to be raised at once, for this attempt is over.
 
-        ``phase`` and ``also`` are as in ``phase``, at the same moment. Safe to repeat.
+        ``phase`` and ``also`` are as in ``phase``, at the same moment; ``meanwhile`` as HandedOver's. Safe to repeat.
         """
         wakeups = self.node.ledger.hand_over(self.id, steps, deadline_s, phase=phase, also=also)
         if phase:
             self.current_phase = phase[0]
             self._tell(*phase[1:])
-        return HandedOver(wakeups)
+        return HandedOver(wakeups, meanwhile)
 
     def progress(self, percent: int, message: str) -> None:
         """How far the present phase has come, as ``phase`` but without an entry in the job's history."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import structlog
 from sqlalchemy import select
+from sqlalchemy.orm import lazyload
 
 from hostler.contract import InstanceState
 from hostler.payloads import Nic
@@ -51,7 +53,9 @@ class Guest:
     ``unplugged`` is set when the guest has let go of a device, or has refused to: time to look which devices there are.
     ``job_changed`` likewise, when one of QEMU's jobs has got another status, ``migration_changed`` when a live
     migration has, and ``tuned`` when somebody changed its limits. ``stopped_at`` is when its processors last stopped,
-    as QEMU says. ``ended_as`` is why, where it was ended because its guest is elsewhere.
+    as QEMU says. ``ended_as`` is why, where it was ended because its guest is elsewhere. ``prepared_for`` is the live
+    migration whose limits and capabilities its QEMU has been told, as the source. ``arriving``: this is the target of
+    one, which tells the guest's state by itself.
     """
 
     def __init__(self, name: str, uuid: str, process: QemuProcess, folder: GuestFolder) -> None:
@@ -72,6 +76,8 @@ class Guest:
         self.migration_changed = threading.Event()
         self.tuned = threading.Event()
         self.stopped_at: datetime | None = None
+        self.prepared_for: str | None = None
+        self.arriving = False
 
     def talk(self) -> Monitor:
         """The monitor. Raises QmpLost while there is no connection to it."""
@@ -122,7 +128,7 @@ class Guests:
             guest.job_changed.set()
         elif name in UNPLUG_EVENTS:
             guest.unplugged.set()
-        elif name in _BY_EVENT and self.get(guest.name) is guest:
+        elif name in _BY_EVENT and not guest.arriving and self.get(guest.name) is guest:
             self._workers.submit(self.observe, guest)
 
     def adopt(self, row: Runtime, *, killed_by_us: bool, ask: bool = True) -> Guest | None:
@@ -208,9 +214,16 @@ class Guests:
                     row.state = state
             guest.unrecorded = False
 
-    def observe_soon(self, guest: Guest) -> None:
-        """As ``observe``, without waiting for it."""
-        self._workers.submit(self.observe, guest)
+    def soon(self, action: Callable[[Guest], None], guest: Guest) -> None:
+        """Have something done that nobody waits for. That it fails is only logged."""
+        self._workers.submit(self._try, action, guest)
+
+    @staticmethod
+    def _try(action: Callable[[Guest], None], guest: Guest) -> None:
+        try:
+            action(guest)
+        except OperationError as exc:
+            log.info("what was to be done with a guest failed", instance=guest.name, reason=str(exc))
 
     def _process_ended(self, guest: Guest) -> None:
         self._node.loop.loop.remove_reader(guest.process.pidfd)
@@ -291,7 +304,8 @@ def release(node: NodeContext, name: str, uuid: str, ending: Ending) -> list[str
     removed += isolating.remove_folder(node, name, folder)
     removed += isolating.take_back(node, row.hardware, uuid, row.uid)
     with node.database.transaction() as session:
-        instance = session.get(Instance, name, with_for_update=True, populate_existing=True)
+        alone = [lazyload(Instance.runtime)]  # of one that another node owns it is not asked for
+        instance = session.get(Instance, name, options=alone, with_for_update=True, populate_existing=True)
         runtime = runtime_of(session, node.name, name)
         ours = instance is not None and instance.node == node.name
         if runtime and runtime.uuid == uuid:

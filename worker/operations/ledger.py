@@ -55,7 +55,6 @@ from worker.operations.job_rows import (
     waiting_children,
     wakeup,
     whole_of,
-    why_held,
 )
 from worker.operations.patience import patient
 from worker.operations.receipts import CancelOutcome, Decision, Ended, Receipt, Verdict, Wakeup
@@ -177,11 +176,12 @@ class Ledger:
         if holder:
             session.flush()  # it gets its place in the order
             return park(job, INSTANCE, [holder, *ahead(session, job)])
-        if reason := held_back(session, job):
-            return hold(job, reason)
-        if not job.slot_taken and (running := self._class_is_full(session, job)):
-            return park(job, LIMIT, running)
-        return self._claim(job)
+        with session.no_autoflush:  # a new job is written once, as it is in the end
+            if reason := held_back(session, job):
+                return hold(job, reason)
+            if not job.slot_taken and (running := self._class_is_full(session, job)):
+                return park(job, LIMIT, running)
+            return self._claim(job)
 
     def _insert(self, session: Session, receipt: Receipt) -> Job:
         job = Job(
@@ -218,11 +218,12 @@ class Ledger:
             return None
         return lock.job_id if lock.job_id != job_id else None
 
-    def _lock_node(self, session: Session, slot: str | None) -> None:
+    def _lock_node(self, session: Session, slot: str | None) -> Node | None:
         # Decisions about a class's free places are made one after another. Before anything is inserted that refers to
         # the node: that locks its row too, in part, and two who then want all of it hold each other up.
         if slot in self._limits:
-            session.get(Node, self._node, with_for_update={"key_share": True})
+            return session.get(Node, self._node, with_for_update={"key_share": True})
+        return None
 
     def _class_is_full(self, session: Session, job: Job) -> list[str]:
         """The jobs that fill the job's class; empty when there is a place, which the job then has."""
@@ -416,8 +417,9 @@ class Ledger:
                 if state == JobState.SUCCESS:
                     job.percent = 100
             slot, ended = give_up_slot(job), Ended(hand_on(session, lock, job_id))
-            ended.wakeups += whole_of(session, job)
-        return self._wake_others(job_id, slot, ended)
+            ended.wakeups += (whole := whole_of(session, job))
+        # A step that has woken its job: whoever else comes after it, which nobody does by himself, is woken by a beat.
+        return ended if whole and not slot else self._wake_others(job_id, slot, ended)
 
     def _wake_others(self, job_id: str, slot: str | None, ended: Ended) -> Ended:
         """In transactions of their own; a worker killed in between leaves them to ``overdue``."""
@@ -454,18 +456,17 @@ class Ledger:
         if slot not in self._limits:
             return []
         with self._database.transaction() as session:
-            self._lock_node(session, slot)
+            node = self._lock_node(session, slot)
             mine = select(Job).where(Job.node == self._node, Job.slot == slot)
+            queue = mine.where(Job.state == JobState.WAITING, Job.waits_on == LIMIT)
+            if node and node.held_at:
+                queue = queue.where(or_(Job.attempts > 0, Job.step_of.is_not(None)))
+            queue = queue.order_by(Job.priority.desc(), Job.sequence).limit(self._limits[slot]).with_for_update()
+            if not (waiting := session.scalars(queue).all()):
+                return []
             having = mine.where(Job.state.in_(UNDER_WAY), Job.slot_taken)
             taken = session.scalar(select(func.count()).select_from(having.subquery())) or 0
-            queue = mine.where(Job.state == JobState.WAITING, Job.waits_on == LIMIT)
-            if why_held(session, self._node):
-                queue = queue.where(or_(Job.attempts > 0, Job.step_of.is_not(None)))
-            waiting = session.scalars(
-                queue.order_by(Job.priority.desc(), Job.sequence)
-                .limit(max(0, self._limits[slot] - taken))
-                .with_for_update()
-            ).all()
+            waiting = waiting[: max(0, self._limits[slot] - taken)]
             for job in waiting:
                 job.slot_taken = True
             return [make_ready(job) for job in waiting]

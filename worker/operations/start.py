@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid as uuids
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import structlog
@@ -134,7 +135,8 @@ def bring_up(attempt: Attempt, undo: ExitStack) -> Guest:
     undo.callback(isolating.remove_folder, node, instance.name, attempt.folder)
     attempt.folder.create()
     guest = _launch(attempt, undo)
-    job.phase("greeting", 60, f"QEMU runs as pid {guest.process.pid}; waiting for its monitor")
+    message = f"QEMU runs as pid {guest.process.pid}; waiting for its monitor"
+    job.phase("greeting", 60, message, partial(_note_process, attempt=attempt))
     guest.monitor = greet(
         node.loop,
         guest.process,
@@ -316,10 +318,13 @@ def _launch(attempt: Attempt, undo: ExitStack) -> Guest:
         sockets.close()
     undo.callback(process.close)
     undo.callback(process.kill, grace_s=0.5)
-    with node.database.transaction() as session:
-        row = session.get_one(Runtime, (instance.name, node.name))
-        row.pid, row.start_ticks = process.identity.pid, process.identity.start_ticks
     return Guest(instance.name, attempt.uuid, process, folder)
+
+
+def _note_process(session: Session, attempt: Attempt) -> None:
+    assert attempt.process
+    row = session.get_one(Runtime, (attempt.instance.name, attempt.node.name))
+    row.pid, row.start_ticks = attempt.process.identity.pid, attempt.process.identity.start_ticks
 
 
 def complete(node: NodeContext, guests: Guests, name: str, *, paused: bool, restarts: int = 0) -> InstanceView:

@@ -6,6 +6,7 @@ that of its job and the step's name, so that a job that is taken up again finds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +59,17 @@ class StepEnd:
     error: dict[str, Any] | None
 
 
-class HandedOver(Exception):
-    """The job goes on on another node; ``wakeups`` are the messages to send for that."""
+def nothing() -> None:
+    """What is done meanwhile mostly."""
 
-    def __init__(self, wakeups: list[Wakeup]) -> None:
+
+class HandedOver(Exception):
+    """The job goes on on another node; ``wakeups`` are the messages to send for that.
+
+    ``meanwhile`` is called once they are sent. It may run beside the job's next attempt, and nothing depends on it.
+    """
+
+    def __init__(self, wakeups: list[Wakeup], meanwhile: Callable[[], None] = nothing) -> None:
         super().__init__("the job goes on on another node")
         self.wakeups = wakeups
+        self.meanwhile = meanwhile

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from hostler.contract import ErrorCode, TaskName
 from hostler.errors import InvalidArgument, OperationFailed
 from hostler.payloads import ARGUMENTS, EXCLUSIVE_TASKS
-from tasks import hotplug, instance, isolation, job, migration, node, snapshot
+from tasks import hotplug, instance, isolation, job, maintenance, migration, node, snapshot
 from tasks.boundary import OPERATIONS, REFUSED_MAX, as_failure, is_transient, receipt_of
 from tasks.outcome import as_error
 from worker.errors import NotRunning, OperationError, QmpLost, UnknownInstance
@@ -20,7 +20,7 @@ WEB1: dict[str, Any] = {"name": "web1", "memory_mib": 64}
 
 
 def test_every_task_of_the_contract_has_an_operation_and_no_other() -> None:
-    assert {hotplug, instance, isolation, job, migration, node, snapshot}  # their import fills OPERATIONS
+    assert {hotplug, instance, isolation, job, maintenance, migration, node, snapshot}  # their import fills OPERATIONS
     assert set(OPERATIONS) == set(TaskName) == set(ARGUMENTS)
 
 

@@ -109,7 +109,18 @@ def test_while_the_backend_is_slow_only_the_newest_report_of_a_job_waits(watched
     reporter.report(request("j2"), JobState.PROGRESS, meta(7))
     watched.gate.set()
     until(lambda: len(watched.stored) == 3)
-    assert [(job_id, result["percent"]) for job_id, _, result in watched.stored] == [("j1", 1), ("j1", 99), ("j2", 7)]
+    assert [(job_id, result["percent"]) for job_id, _, result in watched.stored] == [("j1", 1), ("j2", 7), ("j1", 99)]
+
+
+def test_a_job_is_not_reported_on_more_often_than_ten_times_a_second_unless_another_node_goes_on_with_it(
+    watched: Watched, reporter: Reporter
+) -> None:
+    for percent in range(50):
+        reporter.report(request("j1"), JobState.PROGRESS, meta(percent))
+        until(lambda: watched.stored)
+    reporter.hurry("j1")
+    until(lambda: len(watched.stored) >= 2)
+    assert [result["percent"] for _, _, result in watched.stored] == [0, 49]
 
 
 def test_reporting_does_not_wait_for_the_backend(watched: Watched, reporter: Reporter) -> None:

@@ -59,6 +59,8 @@ def _discard_images(node: NodeContext, migration_id: str) -> None:
 
 def _end_earlier_attempt(node: NodeContext, guests: Guests, job: JobContext, name: str) -> None:
     """Its QEMU is watched by now, and who watches sees to its end: two at once would get in each other's way."""
+    if job.attempt == 1:
+        return
     with node.database.reading() as session:
         runtime = runtime_of(session, node.name, name)
     if runtime and runtime.started_by == job.id:
@@ -81,6 +83,7 @@ def _bring_up(
         if not rows.move_on(node, row.job_id, Stage.ACCEPTING, Stage.ACCEPTING, **where):
             raise MigrationFailed("the migration was given up meanwhile")
         undo.pop_all()
+    guest.arriving = True
     guests.watch(guest)
     close_network(attempt)
     answer = {"migration_id": row.job_id, "node": node.name, "uuid": attempt.uuid, "tls": in_tls}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import exists, select
 
 from hostler.errors import InvalidArgument
 from hostler.migration import MigrateArguments
@@ -36,11 +36,10 @@ def require_possible(node: NodeContext, job: JobContext, arguments: MigrateArgum
 def _wrong_target(node: NodeContext, target: str) -> list[dict[str, str]]:
     if target == node.name:
         return [{"field": "target", "reason": f"the instance is on node {target} already"}]
+    living = exists().where(Incarnation.node == target, Incarnation.ended_at.is_(None))
     with node.database.reading() as session:
-        known = session.get(Node, target)
-        alive = session.scalar(
-            select(Incarnation.id).where(Incarnation.node == target, Incarnation.ended_at.is_(None)).limit(1)
-        )
+        found = session.execute(select(Node, living).where(Node.name == target)).first()
+    known, alive = found or (None, False)
     if known is None:
         return [{
             "field": "target",
@@ -48,7 +47,7 @@ def _wrong_target(node: NodeContext, target: str) -> list[dict[str, str]]:
         }]  # fmt: skip
     if known.drained_at:
         return [{"field": "target", "reason": why_drained(known)}]
-    if alive is None:
+    if not alive:
         return [{"field": "target", "reason": f"node {target} has no worker; start one there first"}]
     return []
 

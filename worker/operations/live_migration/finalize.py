@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -54,9 +53,12 @@ def finalize(node: NodeContext, guests: Guests, job: JobContext, row: LiveMigrat
         return _ended_here(node, row)
     if not row.was_paused and (why := _continue(guest, first=row.stage == Stage.MOVED)):
         return give_back(node, guests, row, why)
-    resumed_at = utc_now()
+    resumed_at, stopped_at = utc_now(), guest.stopped_at
+    guests.soon(_announce, guest)
     _record(node, guest, row, resumed_at)
-    guests.observe_soon(guest)
+    guest.arriving = False
+    if guest.stopped_at != stopped_at:  # it stopped again before that was for all to see
+        guests.soon(guests.observe, guest)
     if row.info["tls"] and not row.report.get("postcopy"):
         security.take_certificates(guest)
     return _resumed(row, resumed_at)
@@ -99,9 +101,11 @@ def _continue(guest: Guest, *, first: bool) -> str | None:
         if not first or guest.talk().status() == "running":
             raise
         return exc.message
-    with suppress(OperationError):
-        Incoming(guest.talk()).announce()
     return None
+
+
+def _announce(guest: Guest) -> None:
+    Incoming(guest.talk()).announce()
 
 
 def _ended_here(node: NodeContext, row: LiveMigration) -> dict[str, Any]:

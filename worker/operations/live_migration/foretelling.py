@@ -44,6 +44,7 @@ def last_prediction(node: NodeContext, row: LiveMigration) -> dict[str, Any] | N
         select(LiveMigration)
         .where(LiveMigration.instance_name == row.instance_name, LiveMigration.source == row.source)
         .where(LiveMigration.target == row.target, LiveMigration.started_at > utc_now() - REMEMBERED)
+        .where(LiveMigration.stage == Stage.DONE, LiveMigration.switched_at.is_(None))
         .order_by(LiveMigration.started_at.desc())
     )
     with node.database.reading() as session:

@@ -36,10 +36,11 @@ from worker.operations.live_migration.names import ACCEPT, DISCARD, FINALIZE
 from worker.operations.live_migration.other_side import end_incoming, moved_to
 from worker.operations.live_migration.returned import go_on_here
 from worker.operations.live_migration.rows import Stage
-from worker.operations.live_migration.transfer import Transfer, measured, set_out
+from worker.operations.live_migration.transfer import Transfer, measured, prepare_ahead, set_out
 from worker.operations.live_migration.tuning import is_live
 from worker.operations.patience import patient
 from worker.operations.steps import HandedOver, Step, StepEnd
+from worker.operations.wanted import IDLE
 
 log = structlog.get_logger(__name__)
 
@@ -92,8 +93,10 @@ class Migration:
         """
         self._job.check_cancelled()
         phase = "accept", 5, f"node {row.target} prepares a QEMU that waits"
+        ahead = partial(prepare_ahead, self._guests, row)
+        write = partial(self._job.hand_over, phase=phase, also=lambda session: session.add(row), meanwhile=ahead)
         try:
-            raise self._job.hand_over([self._accept(row)], ACCEPT_S, phase=phase, also=lambda session: session.add(row))
+            raise write([self._accept(row)], ACCEPT_S)
         except SQLAlchemyError:
             self._job.carry_on()  # it may have taken effect: the next attempt sees, and undoes it if it has to
             raise
@@ -258,7 +261,8 @@ class Migration:
     def _have_the_rest_follow(self, row: LiveMigration) -> dict[str, Any]:
         """Post-copy: the guest runs on the target and needs the rest of its memory from here.
 
-        Raises LinkLost where the connection is broken: it is tried again for a while, and nothing is given up.
+        Raises LinkLost where the connection is broken: it is tried again for a while, and nothing is given up. Of a
+        guest that has ended there meanwhile nothing is needed any more.
         """
         if self._guests.get(row.instance_name) is None:
             why = (
@@ -269,6 +273,9 @@ class Migration:
         self._job.phase("postcopy", 96, f"the guest runs on node {row.target}; the rest of its memory follows")
         transfer = Transfer(self._node, self._guests, self._job, row)
         sample = transfer.finish_postcopy()
+        if sample.status != "completed" and rows.state_of(self._node, row.instance_name) in IDLE:
+            why = f"{row.instance_name} ended on node {row.target} before all of its memory had followed"
+            return {"failure": rows.as_failure(MigrationFailed(why), "postcopy")}
         if sample.status == "postcopy-paused":
             self._listen_again(row, transfer)
             sample = Transfer(self._node, self._guests, self._job, row).finish_postcopy()
@@ -334,18 +341,19 @@ class Migration:
         return rows.state_of(self._node, self._row.instance_name)
 
     def _report(self, row: LiveMigration, measured: dict[str, Any]) -> dict[str, Any]:
+        state, samples = rows.state_and_samples(self._node, row)
         seen = row.resumed_at and row.stopped_at and row.resumed_at - row.stopped_at
         return {
             "name": row.instance_name,
             "source": row.source,
             "target": row.target,
             "node": row.target,
-            "state": rows.state_of(self._node, row.instance_name),
+            "state": state,
             "kind": "live" if is_live(row) else "non-live",
             "total_ms": round((utc_now() - row.started_at).total_seconds() * 1000, 1),
             "downtime_seen_ms": round(seen.total_seconds() * 1000, 1) if seen else None,
             "prediction": row.prediction,
-            "samples": rows.count_samples(self._node, row.job_id),
+            "samples": samples,
         } | measured
 
 

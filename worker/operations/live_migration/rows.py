@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from hostler.contract import ErrorCode, InstanceState
 from hostler.errors import OperationFailed
-from models import Instance, LiveMigration, MigrationSample, utc_now
+from models import Instance, LiveMigration, MigrationSample, Node, utc_now
 from worker.errors import MigrationFailed, OperationError
 from worker.operations.context import NodeContext
 from worker.operations.ending import Ending
@@ -92,14 +92,25 @@ def enter(session: Session, migration_id: str, before: frozenset[Stage] | Stage,
 
 @patient
 def give_to_target(node: NodeContext, migration_id: str, report: dict[str, Any]) -> None:
-    """The guest is the target's. To be called when the source's QEMU can never continue by itself any more."""
+    """The guest is the target's. To be called when the source's QEMU can never continue by itself any more.
+
+    Raises MigrationFailed where the target was fenced: it has not run the guest and never will.
+    """
     with node.database.transaction() as session:
         give(session, migration_id, report)
 
 
 def give(session: Session, migration_id: str, report: dict[str, Any]) -> None:
     """As ``give_to_target``, in a transaction of the caller's."""
+    _require_target_not_fenced(session, migration_id)
     _change_owner(session, migration_id, frozenset({Stage.TRANSFERRING, Stage.SWITCHING}), Stage.MOVED, report)
+
+
+def _require_target_not_fenced(session: Session, migration_id: str) -> None:
+    """Who fences it from now on waits for this transaction, and sees to what it made the target's."""
+    target = session.scalars(select(LiveMigration.target).where(LiveMigration.job_id == migration_id)).one()
+    if session.get_one(Node, target, with_for_update={"read": True}, populate_existing=True).fenced_at:
+        raise MigrationFailed(f"node {target} was fenced before it had all of the guest", phase="transfer")
 
 
 @patient
@@ -158,6 +169,14 @@ def state_of(node: NodeContext, name: str) -> str:
     """The state of an instance, whichever node owns it."""
     with node.database.reading() as session:
         return session.scalar(select(Instance.state).where(Instance.name == name)) or InstanceState.UNKNOWN
+
+
+def state_and_samples(node: NodeContext, row: LiveMigration) -> tuple[str, int]:
+    """As ``state_of`` and ``count_samples``, at once."""
+    kept = select(func.count()).where(MigrationSample.job_id == row.job_id).scalar_subquery()
+    with node.database.reading() as session:
+        found = session.execute(select(Instance.state, kept).where(Instance.name == row.instance_name)).first()
+    return (found[0], found[1]) if found else (InstanceState.UNKNOWN, 0)
 
 
 def count_samples(node: NodeContext, migration_id: str) -> int:

@@ -111,7 +111,8 @@ class Transfer:
         creds = CREDENTIALS if row.info["tls"] else ""
         if creds and not goes_on:
             security.give_certificates(self._node, self._guest, "client")
-        prepare(self._guest.talk(), tuning_of(row, tls_creds=creds), incoming=False)
+        if self._guest.prepared_for != row.job_id:
+            prepare(self._guest.talk(), tuning_of(row, tls_creds=creds), incoming=False)
         if row.info["copied"]:
             self._job.phase("storage", TRANSFER_FROM, f"copying {len(row.info['copied'])} disk(s) to node {row.target}")
             self._guest.tuned.set()  # what was changed while nobody looked counts for the copying too
@@ -215,6 +216,14 @@ class Transfer:
     def _failed(self, sample: Sample) -> OperationError:
         reason = sample.error or f"QEMU says {sample.status}"
         return MigrationFailed(f"the migration to node {self._row.target} failed: {reason}")
+
+
+def prepare_ahead(guests: Guests, row: LiveMigration) -> None:
+    """Tell the source's QEMU how it will be while the target makes its own; where TLS is possible both agree first."""
+    guest = guests.get(row.instance_name)
+    if guest and row.info["tls"] == "no":
+        prepare(guest.talk(), tuning_of(row, tls_creds=""), incoming=False)
+        guest.prepared_for = row.job_id
 
 
 def set_out(node: NodeContext, job: JobContext, row: LiveMigration) -> None:

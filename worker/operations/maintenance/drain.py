@@ -11,8 +11,9 @@ from typing import Any
 
 from sqlalchemy import and_, or_, select
 
+from hostler.contract import TaskName
 from hostler.maintenance import DrainArguments
-from models import Instance, LiveMigration, Runtime, utc_now
+from models import Instance, Job, LiveMigration, Runtime, utc_now
 from worker.errors import Cancelled, MigrationFailed, NodeUnavailable
 from worker.operations.context import JobContext, NodeContext
 from worker.operations.live_migration.rows import ON_THE_TARGET, SOURCE_OWNS
@@ -91,17 +92,20 @@ def _leaving(node: NodeContext, job: JobContext) -> list[Leaving]:
         .join(Runtime, and_(Runtime.instance_name == LiveMigration.instance_name, Runtime.node == node.name))
         .where(LiveMigration.target == node.name, LiveMigration.stage.in_(SOURCE_OWNS | ON_THE_TARGET))
     )
-    here = and_(Instance.node == node.name, or_(Instance.state.not_in(IDLE), Instance.restart_at.is_not(None)))
+    # One that is about to be started again is refused that by now.
+    restarts = Job.node == node.name, Job.task == TaskName.INSTANCE_RESTART, Job.finished_at.is_(None)
+    due = or_(Instance.restart_at.is_not(None), Instance.name.in_(select(Job.instance_name).where(*restarts)))
+    here = and_(Instance.node == node.name, or_(Instance.state.not_in(IDLE), due))
     begun = {part.instance for part in parts_of(node.database, job.id) if part.instance}
     with node.database.reading() as session:
         have_qemu = {*session.scalars(select(Runtime.instance_name).where(Runtime.node == node.name))}
-        found = session.scalars(
-            select(Instance).where(or_(here, Instance.name.in_(arriving), Instance.name.in_(begun)))
+        found = session.execute(
+            select(Instance, due).where(or_(here, Instance.name.in_(arriving), Instance.name.in_(begun)))
         ).all()
-    return [_as_leaving(row, runs=row.name in have_qemu) for row in found]
+    return [_as_leaving(row, runs=row.name in have_qemu, due=is_due) for row, is_due in found]
 
 
-def _as_leaving(row: Instance, *, runs: bool) -> Leaving:
+def _as_leaving(row: Instance, *, runs: bool, due: bool) -> Leaving:
     return Leaving(
         name=row.name,
         node=row.node,
@@ -110,7 +114,7 @@ def _as_leaving(row: Instance, *, runs: bool) -> Leaving:
         memory_mib=row.spec["memory_mib"],
         spec=row.spec,
         runs=runs,
-        due=not runs and row.restart_at is not None,
+        due=not runs and due,
     )
 
 

@@ -124,7 +124,8 @@ class Evacuation:
         mine = self._parts_of(guest)
         if any(part.sent_memory for part in mine):
             return None  # what failed on the way would fail so on the next one too, after as long a time
-        tried = [part.place for part in mine if part.kind in PLACING]
+        kind = "start" if guest.due else "move"  # one that was to be started there may run here by now
+        tried = [part.place for part in mine if part.kind == kind]
         target = rooms.take(guest.memory_mib, tried, self._how.per_link)
         if target is None:
             return None
