@@ -232,7 +232,7 @@ def test_a_node_that_is_undrained_and_drained_again_loses_no_guest_that_was_just
     nodes: list[TestNode],
 ) -> None:
     a, b, _ = nodes
-    start_all(a, ["web1"])
+    a.start(tiny_instance(a.root, restart_policy="on-crash", restart_delay_s=1))
     a.do("instance.stop", name="web1", force=True)
     assert a.do("node.drain", auto=True)["verdicts"] == []
     wait_to_be_started_again(a, timedelta(0))
