@@ -28,8 +28,7 @@ if [ "$node" = n1 ]; then # its own defaults are just these, and a worker with d
 fi
 if [ "${1:-}" = guest ]; then
     mkdir -p "$place"
-    [ -e "$place/web1.raw" ] || "$python" -c 'import sys; from pathlib import Path; from worker.kvm.tiny_guest import write_disk
-write_disk(Path(sys.argv[1]))' "$place/web1.raw"
+    [ -e "$place/web1.raw" ] || "$python" -m worker.kvm.tiny_guest "$place/web1.raw"
     cat >"$place/web1.yaml" <<YAML
 name: web1
 memory_mib: 128

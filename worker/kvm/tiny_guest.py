@@ -44,6 +44,7 @@ Ports and addresses it uses
     the PIIX4 and ICH9 power management share). A device that is not there reads as all ones; the guest checks for that.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -288,3 +289,11 @@ def _encode(word: str, address: int, labels: Mapping[str, int], constants: Mappi
         raise ValueError(f"{word!r} does not fit: too far away, or more than a byte") from None
     except ValueError:
         raise ValueError(f"{word!r} is neither a byte in hex nor a reference") from None
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(f"usage: {Path(sys.executable).name} -m worker.kvm.tiny_guest DISK   (writes the guest there)")
+    if Path(sys.argv[1]).exists():
+        sys.exit(f"{sys.argv[1]} exists already; nothing was done")
+    write_disk(Path(sys.argv[1]))
