@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import median
 
 from tests.benchmarks import machine
-from tests.faults import migration_soak, migrations, scenarios
+from tests.faults import fences, migration_soak, migrations, scenarios
 from tests.faults.migration_faults import FAULTS, play
 from tests.faults.soak import Soak, soak
 from tests.faults.sweep import CASES, Sweep, bed, sweep
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-PARTS = ("sweep", "scenarios", "soak", "migrations")
+PARTS = ("sweep", "scenarios", "soak", "migrations", "fences")
 WHERE = {"crashed": "source, crashed", "crashed there": "target, crashed"} | {side: side for side in migrations.SIDES}
 SIDE_BY_SIDE = 3
 """Nodes that are killed at once: they mostly wait."""
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sweep": lambda report: _sweep(report, chosen.case or list(CASES)),
         "scenarios": lambda report: _scenarios(report, chosen.away_s),
         "soak": lambda report: _soak(report, chosen.jobs, chosen.guests, seed, chosen.budget_s),
+        "fences": lambda report: _fences(report, chosen.kills, seed),
         "migrations": lambda report: _migrations(report, chosen.jobs // 5, seed, chosen.budget_s, chosen.kills),
     }
     for name in chosen.parts or PARTS:
@@ -164,6 +165,17 @@ def _soak(report: Report, jobs: int, guests: int, seed: int, budget_s: float) ->
         "",
     ]
     report.violations += [f"soak, seed {found.seed}: {what}" for what in found.violations]
+
+
+def _fences(report: Report, kills: int, seed: int) -> None:
+    found = fences.sweep(kills, seed)
+    report.lines += [
+        "### The worker that fences a dead node killed at each step",
+        "",
+        f"{found.steps} steps, {found.kills} kills: **{len(found.violations)} broken promises**.",
+        "",
+    ]
+    report.violations += [*found.violations, *(f"fence: no kill {what}" for what in found.not_reached)]
 
 
 def _migrations(report: Report, jobs: int, seed: int, budget_s: float, kills: int, guests: int = 4) -> None:

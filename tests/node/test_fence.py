@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,8 +13,8 @@ from models import Incarnation, Instance, InstanceLock, LiveMigration, Node, Run
 from models import Job as JobRow
 from tests.nodes import TestNode, tiny_instance, until
 from tests.pairs import frozen, hurry, job_row, pair, phase_of, slowly, stage_of, ticks_on
+from tests.power import lose_power, pretend_boot, silence
 from worker.kvm.tiny_guest import IGNORE_KEY, IGNORING_MESSAGE
-from worker.operations.presence import ABSENT_AFTER
 
 pytestmark = pytest.mark.node
 
@@ -27,31 +25,6 @@ OFF = {"node": "n1", "confirm": "it is off"}
 def nodes(qemu: None) -> Iterator[list[TestNode]]:
     with pair("n1", "n2", "n3") as made:
         yield made
-
-
-def lose_power(node: TestNode, *, keep: tuple[str, ...] = ()) -> None:
-    """The worker and all QEMUs die at once, and the heartbeat was long ago. Those of ``keep`` are forgotten to die."""
-    kept = {node.pid(name) for name in keep}
-    node.kill_worker()
-    for pid in set(node.qemu_pids()) - kept:
-        os.kill(pid, signal.SIGKILL)
-    until(lambda: set(node.qemu_pids()) == kept, what="the QEMUs are gone")
-    silence(node)
-
-
-def silence(node: TestNode) -> None:
-    with node.database().transaction() as session:
-        session.execute(
-            update(Incarnation)
-            .where(Incarnation.node == node.name, Incarnation.ended_at.is_(None))
-            .values(heartbeat_at=utc_now() - ABSENT_AFTER)
-        )
-
-
-def pretend_boot(node: TestNode) -> None:
-    """What SQL knows of the node's last worker is of another boot than this one."""
-    with node.database().transaction() as session:
-        session.execute(update(Node).where(Node.name == node.name).values(fenced_boot_id="of an earlier boot"))
 
 
 def start(node: TestNode, *names: str) -> None:

@@ -108,7 +108,7 @@ def migration_of(node: NodeContext, name: str) -> str:
     with node.database.reading() as session:
         found = session.scalar(query)
     if found is None:
-        raise NotRunning(f"{name} is not being migrated from node {node.name}")
+        raise NotRunning(f"{name} is not being migrated from node {node.name}; see `hostler jobs --instance {name}`")
     return found
 
 
