@@ -20,7 +20,7 @@ from worker.operations.live_migration.recovery_table import row_for
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(600)]
 
-KILLS = 8
+KILLS = 5
 """So many steps of each case, chosen anew each time."""
 
 

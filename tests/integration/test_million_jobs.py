@@ -113,6 +113,9 @@ class Watch:
         with psycopg.ClientCursor(connection.connection.driver_connection) as own:
             values = ", ".join(own.mogrify("%s", [given[name]]) for name in names)
             plans = []
+            alone = own.connection.autocommit  # a query outside of a transaction gets one for this
+            if alone:
+                own.execute("BEGIN")
             for mode in ("force_custom_plan", "force_generic_plan"):
                 own.execute("SAVEPOINT explaining")
                 own.execute(f"SET LOCAL plan_cache_mode = {mode}")
@@ -122,6 +125,8 @@ class Watch:
                 plans.append(own.fetchone()[0][0]["Plan"])  # type: ignore[index]  # EXPLAIN has a row
                 own.execute("ROLLBACK TO SAVEPOINT explaining")
                 own.execute("DEALLOCATE explained")
+            if alone:
+                own.execute("ROLLBACK")
         for plan in plans:
             if plan["Total Cost"] <= plans[0]["Total Cost"] + PLANNING:
                 self._note(statement, plan)
