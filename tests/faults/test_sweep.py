@@ -1,6 +1,6 @@
 """The worker dies at each step that the code has, before it or after it, and no promise is broken.
 
-Here each step is killed once, in the first operation that has it; `./dev faults sweep` kills before and after every step
+Here each step is killed once, in the first operation that has it; `./dev faults sweep` kills before and after each step
 of every operation.
 """
 
