@@ -133,8 +133,15 @@ def slowly(source: TestNode, target: TestNode, name: str = "web1", **options: An
     """A migration that takes some ten seconds, once memory is on its way; ``tune`` lets it go on at once."""
     options = {"bandwidth_mib_s": SLOW_MIB_S} | options
     job = source.send("instance.migrate", name=name, target=target.name, **options)
-    until(lambda: stage_of(source, job) == "transferring" and phase_of(source, job) == "transfer", what="the transfer")
+    until(lambda: stage_of(source, job) == "transferring" and _is_sending(source, job), what="the transfer")
     return job
+
+
+def _is_sending(source: TestNode, job: Job) -> bool:
+    """Whether QEMU has begun, and said so; that it is about to is recorded before."""
+    row = job_row(source, job.id)
+    told = row.live_migration if row and row.phase == "transfer" else None
+    return bool(told and told["status"] != "none")
 
 
 def hurry(source: TestNode, name: str = "web1") -> None:
