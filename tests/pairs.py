@@ -170,13 +170,16 @@ def job_row(node: TestNode, job_id: str) -> JobRow | None:
 
 @contextmanager
 def frozen(node: TestNode) -> Iterator[None]:
-    """The worker stands still meanwhile, in no transaction: a shared SQLite would stand still with it."""
-    assert node.worker
+    """The worker stands still meanwhile, in no transaction: a shared SQLite would stand still with it. It may be killed
+    while it does."""
+    worker = node.worker
+    assert worker
     until(lambda: _freeze(node), what=f"{node.name}'s worker stands still outside of a transaction")
     try:
         yield
     finally:
-        node.worker.send_signal(signal.SIGCONT)
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGCONT)
 
 
 def _freeze(node: TestNode) -> bool:

@@ -10,7 +10,7 @@ from tests.faults.fences import sweep
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(300)]
 
-KILLS = 3
+KILLS = 2
 """So many steps, chosen anew each time."""
 
 

@@ -239,7 +239,7 @@ def test_a_guest_that_its_fenced_target_had_whole_runs_on_where_it_was(nodes: li
         hurry(b)
         until(lambda: stage_of(b, migration) == "moved", what="it is sent")
         b.kill_worker()
-    lose_power(a)
+        lose_power(a)
     forget_that_it_was_sent(c, migration.id, "n2")
     assert c.do("node.fence", **OFF)["guests"] == []
     b.start_worker()
@@ -262,5 +262,26 @@ def test_what_the_source_kept_for_a_guest_that_ended_on_its_fenced_target_is_rem
     assert [each["verdict"] for each in c.do("node.fence", **OFF)["guests"]] == ["crashed"]
     with pytest.raises(OperationFailed, match="ended on node n1 before all of its memory had followed"):
         migration.wait(60)
+    assert b.qemu_pids() == []
+    assert c.start(tiny_instance(b.root, memory_mib=64))["node"] == "n3"
+
+
+def test_a_post_copy_guest_whose_target_was_fenced_before_it_ran_there_crashed_where_it_was(
+    nodes: list[TestNode],
+) -> None:
+    """Its QEMU has given it away and never continues it: it starts anew, and nothing is left."""
+    a, b, c = nodes
+    b.start(tiny_instance(b.root, memory_mib=64))
+    with b.serial("web1") as serial:
+        serial.tick()
+    migration = slowly(b, a, postcopy="if-needed")
+    with frozen(a):
+        b.do("instance.migrate_tune", name="web1", postcopy_now=True)
+        until(lambda: stage_of(b, migration) == "moved", what="it is sent")
+        lose_power(a)
+    c.do("node.fence", **OFF)
+    with pytest.raises(OperationFailed, match="node n1 was fenced"):
+        migration.wait(60)
+    until(lambda: (row := c.row("web1")) and (row.node, row.state) == ("n2", "crashed"), what="it crashed there")
     assert b.qemu_pids() == []
     assert c.start(tiny_instance(b.root, memory_mib=64))["node"] == "n3"
