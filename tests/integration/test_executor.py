@@ -371,14 +371,22 @@ def test_a_backend_that_returns_soon_goes_unnoticed_by_a_batch(own_service: Serv
         assert waiting.result(DEADLINE_S) == [(True, "done")]
 
 
+def answered(service: Service) -> int:
+    """How often the results of several jobs were read."""
+    asked: Any = service.client.info("commandstats")
+    return int(asked.get("cmdstat_mget", {}).get("calls", 0))
+
+
 def test_a_backend_that_stays_away_is_told_with_the_way_back(own_service: Service) -> None:
     with Client(own_service.url) as client, ThreadPoolExecutor(1) as pool:
         executor = JobExecutor(client)
         Node(own_service.url).succeed("ended", "well")
         executor.add_job_id("done", "ended")
         executor.add_job_id("web1", "on-its-way")
+        before = answered(own_service)
         waiting = pool.submit(executor.get_results)
         until(lambda: len(own_service.subscribed()) == 2)
+        until(lambda: answered(own_service) > before)  # what has ended is known then
         own_service.kill()
         with pytest.raises(ServiceUnreachable, match="result backend") as lost:
             waiting.result(DEADLINE_S)
