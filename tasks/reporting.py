@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import Any
@@ -61,7 +60,7 @@ class Reporter:
         self._restore = restore
         self._doubted: set[str] = set()
         self._look_at = 0.0
-        self._pending: OrderedDict[str, Report] = OrderedDict()
+        self._pending: dict[str, Report] = {}
         self._publishing: str | None = None
         self._told_at: dict[str, float] = {}
         self._changed = threading.Condition()
@@ -115,12 +114,11 @@ class Reporter:
                     doubted = set(islice(self._doubted, LOOK_AT_MAX))
                     self._doubted -= doubted
                     return None, doubted
-                due_s = [(self._due_in_s(job_id), job_id) for job_id in self._pending]
-                for wait_s, job_id in due_s:
-                    if wait_s <= 0:
-                        self._publishing = job_id
-                        return self._pending.pop(job_id), set()
-                self._changed.wait(min([*(wait_s for wait_s, _ in due_s), *([left_s] if left_s else [])], default=None))
+                due_s = {job_id: self._due_in_s(job_id) for job_id in self._pending}
+                if due := next((job_id for job_id, wait_s in due_s.items() if wait_s <= 0), None):
+                    self._publishing = due
+                    return self._pending.pop(due), set()
+                self._changed.wait(min(filter(None, (left_s, *due_s.values())), default=None))
             return None, set()
 
     def _due_in_s(self, job_id: str) -> float:

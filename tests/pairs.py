@@ -7,7 +7,7 @@ import secrets
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,16 +206,22 @@ def end_guests(nodes: list[TestNode]) -> None:
         each.nothing_is_left()
 
 
-def in_order(nodes: list[TestNode], *jobs: Sent) -> list[str]:
-    """What is wrong with nodes that are at rest: broken promises, and what their own audits find."""
+def still_wrong(look: Callable[[], list[str]]) -> list[str]:
+    """What a look finds wrong after as long as it is forgiven; nothing as soon as one finds nothing."""
     found: list[str] = []
 
-    def look() -> bool:
-        found[:] = violations(nodes, jobs)
+    def is_well() -> bool:
+        found[:] = look()
         return not found
 
     with suppress(AssertionError):
-        until(look, FORGIVING_S)
+        until(is_well, FORGIVING_S)
+    return found
+
+
+def in_order(nodes: list[TestNode], *jobs: Sent) -> list[str]:
+    """What is wrong with nodes that are at rest: broken promises, and what their own audits find."""
+    found = still_wrong(lambda: violations(nodes, jobs))
     audits = [finding["explanation"] for each in nodes for finding in each.do("node.audit")["findings"]]
     return found + [f"audit: {explanation}" for explanation in audits]
 

@@ -5,21 +5,16 @@ Node n1 loses its power with a guest that is wanted running, behind which a job 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-
-from sqlalchemy import select
+from contextlib import contextmanager
 
 from hostler.client import Job
-from models import InstanceLock, Runtime
-from models import Job as JobRow
-from tests.faults.migrations import END_S, WHENS, Sweep
+from tests.faults.migrations import END_S, WHENS, Sweep, dies, some
 from tests.faults.promises import Sent, all_ready, violations
 from tests.faults.sweep import Bed, Step
 from tests.nodes import TestNode, tiny_instance, until
-from tests.pairs import FORGIVING_S, job_row, pair
-from tests.power import lose_power, pretend_boot
+from tests.pairs import job_row, pair, still_wrong
+from tests.power import had_by, lose_power, pretend_boot
 
 NAME = "web1"
 
@@ -61,15 +56,10 @@ class Trio:
         except AssertionError as exc:
             rows = [job_row(self.fencer, each) for each in (job.id, self.waiting)]
             return [f"3: {exc}: {[(row.state, row.phase, row.message) for row in rows if row]}"]
-        found: list[str] = []
+        return still_wrong(lambda: [*self._violations(job), *self._wrong_guest(job), *self._left()])
 
-        def look() -> bool:
-            found[:] = [*violations([self.fencer, self.other], [Sent(job.id)]), *self._wrong_guest(job), *self._left()]
-            return not found
-
-        with suppress(AssertionError):
-            until(look, FORGIVING_S)
-        return found
+    def _violations(self, job: Job) -> list[str]:
+        return violations([self.fencer, self.other], [Sent(job.id)])
 
     def _wrong_guest(self, job: Job) -> Iterator[str]:
         guests = [(each["name"], each["verdict"], each["node"]) for each in job.wait(END_S)["guests"]]
@@ -85,13 +75,7 @@ class Trio:
         """What SQL still has of the dead node."""
         if (row := job_row(self.fencer, self.waiting)) is None or row.state != "REVOKED":
             yield f"3: the job that waited there is {row and row.state}"
-        with self.fencer.reading() as session:
-            for what in (
-                select(Runtime.instance_name).where(Runtime.node == "n1"),
-                select(InstanceLock.job_id).where(InstanceLock.node == "n1"),
-                select(JobRow.id).where(JobRow.node == "n1", JobRow.finished_at.is_(None)),
-            ):
-                yield from (f"4: the dead node still has {each}" for each in session.scalars(what))
+        yield from (f"4: the dead node still has {what} {of}" for what, of in had_by(self.fencer, "n1").items())
 
 
 @contextmanager
@@ -118,18 +102,10 @@ def kill_at(made: Trio, step: Step, when: str, found: Sweep) -> None:
     made.rest()
     made.bed.plan(step=step.name, nth=step.nth, when=when)
     job = made.fence()
-    worker = made.fencer.worker
-    assert worker
-    until(lambda: worker.poll() is not None or all_ready(made.other, [job.id]), END_S, "the kill or the end")
-    with suppress(Exception):
-        worker.wait(0.5)
-    if worker.poll() is None:
-        found.not_reached.append(f"{when} {step}")
-    else:
+    if dies(made.bed, made.other, job):
         found.kills += 1
-        made.bed.no_plan()
-        made.fencer.kill_worker()
-        made.bed.start_worker()
+    else:
+        found.not_reached.append(f"{when} {step}")
     found.violations += [f"{found.case}, killed {when} {step}: {each}" for each in made.wrong(job)]
 
 
@@ -139,9 +115,6 @@ def sweep(kills: int = 0, seed: int = 0) -> Sweep:
     with trio() as made:
         steps = record(made)
         found.steps = len(steps)
-        chosen = [(step, when) for step in steps for when in WHENS]
-        if kills:
-            chosen = random.Random(seed).sample(chosen, min(kills, len(chosen)))
-        for step, when in chosen:
+        for step, when in some([(step, when) for step in steps for when in WHENS], kills, seed):
             kill_at(made, step, when, found)
     return found

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from hostler.client import Job
 from tests.faults.outside import counter
@@ -23,9 +23,10 @@ from tests.faults.surroundings import Postgres, postgres
 from tests.faults.sweep import Bed, Step
 from tests.node.migration_peers import Authority
 from tests.nodes import TestNode, until
-from tests.pairs import FORGIVING_S, Site, job_row, own_folders, pair, stage_of, two_sites
+from tests.pairs import Site, job_row, own_folders, pair, stage_of, still_wrong, two_sites
 
 NAME = "web1"
+T = TypeVar("T")
 END_S = 60.0
 """How long a migration may take to end, once its workers live again."""
 SIDES = ("source", "target")
@@ -141,14 +142,7 @@ class Pair:
             until(lambda: not self.unfinished(job), END_S, "its steps end")
         except AssertionError as exc:
             return [f"3: {exc}: {self.describe(job)}"]
-        found: list[str] = []
-
-        def look() -> bool:
-            found[:] = violations(self.nodes, [sent])
-            return not found
-
-        with suppress(AssertionError):
-            until(look, FORGIVING_S)
+        found = still_wrong(lambda: violations(self.nodes, [sent]))
         return [*found, *self.wrong_guest(owner, runs=runs), *self.wrong_copies()]
 
     def wrong_copies(self) -> list[str]:
@@ -241,6 +235,21 @@ def record(made: Pair, **options: Any) -> dict[str, list[Step]]:
     return steps
 
 
+def dies(bed: Bed, asked: TestNode, job: Job) -> bool:
+    """Whether the worker died as planned, and was started again, before the job had ended, as another node sees it."""
+    worker = bed.node.worker
+    assert worker
+    until(lambda: worker.poll() is not None or all_ready(asked, [job.id]), END_S, "the kill or the end")
+    with suppress(Exception):
+        worker.wait(0.5)
+    if worker.poll() is None:
+        return False
+    bed.no_plan()
+    bed.node.kill_worker()
+    bed.start_worker()
+    return True
+
+
 def kill_at(made: Pair, side: str, step: Step, when: str, found: Sweep, **options: Any) -> None:
     """One kill, the next worker, and the promises."""
     made.rest()
@@ -248,23 +257,20 @@ def kill_at(made: Pair, side: str, step: Step, when: str, found: Sweep, **option
     bed = sides[side]
     bed.plan(step=step.name, nth=step.nth, when=when)
     job = made.send(**options)
-    worker = bed.node.worker
-    assert worker
-    until(lambda: worker.poll() is not None or all_ready(made.nodes[0], [job.id]), END_S, "the kill or the end")
-    with suppress(Exception):
-        worker.wait(0.5)
     what = f"{found.case}, {side} killed {when} {step}"
-    if worker.poll() is None:
-        found.not_reached.append(f"{side}: {when} {step}")
-    else:
+    if dies(bed, made.nodes[0], job):
         found.kills += 1
-        bed.no_plan()
-        bed.node.kill_worker()
-        bed.start_worker()
+    else:
+        found.not_reached.append(f"{side}: {when} {step}")
     wrong = made.wrong(job, frozenset({"SUCCESS"}), owner)
     found.violations += [f"{what}: {each}" for each in wrong]
     if wrong:
         made.start_anew()
+
+
+def some(every: list[T], kills: int, seed: int) -> list[T]:
+    """So many of them, chosen by ``seed``; all where it is 0."""
+    return random.Random(seed).sample(every, min(kills, len(every))) if kills else every
 
 
 def sweep(case: str, kills: int = 0, seed: int = 0) -> Sweep:
@@ -273,9 +279,7 @@ def sweep(case: str, kills: int = 0, seed: int = 0) -> Sweep:
     with pair_apart() if CASES[case].apart else migrating_pair() as made:
         steps = record(made, **options)
         found.steps = sum(map(len, steps.values()))
-        chosen = [(side, step, when) for side in SIDES for step in steps[side] for when in WHENS]
-        if kills:
-            chosen = random.Random(seed).sample(chosen, min(kills, len(chosen)))
-        for side, step, when in chosen:
+        every = [(side, step, when) for side in SIDES for step in steps[side] for when in WHENS]
+        for side, step, when in some(every, kills, seed):
             kill_at(made, side, step, when, found, **options)
     return found

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import update
 
 from hostler.client import Job
 from hostler.errors import OperationFailed
-from models import Incarnation, Instance, InstanceLock, LiveMigration, Node, Runtime, utc_now
-from models import Job as JobRow
+from models import Incarnation, Instance, LiveMigration, Node, Runtime, utc_now
 from tests.nodes import TestNode, tiny_instance, until
 from tests.pairs import frozen, hurry, job_row, pair, phase_of, slowly, stage_of, ticks_on
-from tests.power import lose_power, pretend_boot, silence
+from tests.power import had_by, lose_power, pretend_boot, silence
 from worker.kvm.tiny_guest import IGNORE_KEY, IGNORING_MESSAGE
 
 pytestmark = pytest.mark.node
@@ -27,24 +26,16 @@ def nodes(qemu: None) -> Iterator[list[TestNode]]:
         yield made
 
 
-def start(node: TestNode, *names: str) -> None:
+def start(node: TestNode, *names: str, memory_mib: int = 16) -> None:
     for name in names:
-        node.start(tiny_instance(node.root, name))
+        node.start(tiny_instance(node.root, name, memory_mib=memory_mib))
         with node.serial(name) as serial:
             serial.tick()
 
 
 def of_n1(node: TestNode) -> dict[str, list[str]]:
     """What SQL still has of the dead node that it must not."""
-    with node.reading() as session:
-        found = {
-            "runtimes": [*session.scalars(select(Runtime.instance_name).where(Runtime.node == "n1"))],
-            "locks": [*session.scalars(select(InstanceLock.instance_name).where(InstanceLock.node == "n1"))],
-            "jobs": [
-                *session.scalars(select(JobRow.id).where(JobRow.node == "n1", JobRow.finished_at.is_(None)))
-            ],
-        }  # fmt: skip
-    return {what: names for what, names in found.items() if names}
+    return had_by(node, "n1")
 
 
 def test_a_node_that_lives_is_not_fenced(nodes: list[TestNode]) -> None:
@@ -253,9 +244,7 @@ def test_a_guest_that_its_fenced_target_had_whole_runs_on_where_it_was(nodes: li
 
 def test_what_the_source_kept_for_a_guest_that_ended_on_its_fenced_target_is_removed(nodes: list[TestNode]) -> None:
     a, b, c = nodes
-    b.start(tiny_instance(b.root, memory_mib=64))
-    with b.serial("web1") as serial:
-        serial.tick()
+    start(b, "web1", memory_mib=64)
     migration = slowly(b, a, postcopy="at-once")
     until(lambda: phase_of(b, migration) == "postcopy", what="the guest runs on its target")
     lose_power(a)
@@ -271,9 +260,7 @@ def test_a_post_copy_guest_whose_target_was_fenced_before_it_ran_there_crashed_w
 ) -> None:
     """Its QEMU has given it away and never continues it: it starts anew, and nothing is left."""
     a, b, c = nodes
-    b.start(tiny_instance(b.root, memory_mib=64))
-    with b.serial("web1") as serial:
-        serial.tick()
+    start(b, "web1", memory_mib=64)
     migration = slowly(b, a, postcopy="if-needed")
     with frozen(a):
         b.do("instance.migrate_tune", name="web1", postcopy_now=True)

@@ -39,7 +39,10 @@ def foretell(node: NodeContext, guests: Guests, job: JobContext, arguments: Migr
 
 
 def last_prediction(node: NodeContext, row: LiveMigration) -> dict[str, Any] | None:
-    """What the last dry run of this move said that had the same limits: with others the two cannot be compared."""
+    """What the last dry run of this move said that had the same limits: with others the two cannot be compared.
+
+    A dry run is over, and has switched nothing.
+    """
     query = (
         select(LiveMigration)
         .where(LiveMigration.instance_name == row.instance_name, LiveMigration.source == row.source)

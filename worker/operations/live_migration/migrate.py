@@ -93,10 +93,14 @@ class Migration:
         """
         self._job.check_cancelled()
         phase = "accept", 5, f"node {row.target} prepares a QEMU that waits"
-        ahead = partial(prepare_ahead, self._guests, row)
-        write = partial(self._job.hand_over, phase=phase, also=lambda session: session.add(row), meanwhile=ahead)
         try:
-            raise write([self._accept(row)], ACCEPT_S)
+            raise self._job.hand_over(
+                [self._accept(row)],
+                ACCEPT_S,
+                phase=phase,
+                also=lambda session: session.add(row),
+                meanwhile=partial(prepare_ahead, self._guests, row),
+            )
         except SQLAlchemyError:
             self._job.carry_on()  # it may have taken effect: the next attempt sees, and undoes it if it has to
             raise

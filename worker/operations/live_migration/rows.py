@@ -102,13 +102,11 @@ def give_to_target(node: NodeContext, migration_id: str, report: dict[str, Any])
 
 def give(session: Session, migration_id: str, report: dict[str, Any]) -> None:
     """As ``give_to_target``, in a transaction of the caller's."""
-    _require_target_not_fenced(session, migration_id)
     _change_owner(session, migration_id, frozenset({Stage.TRANSFERRING, Stage.SWITCHING}), Stage.MOVED, report)
 
 
-def _require_target_not_fenced(session: Session, migration_id: str) -> None:
+def _require_not_fenced(session: Session, target: str) -> None:
     """Who fences it from now on waits for this transaction, and sees to what it made the target's."""
-    target = session.scalars(select(LiveMigration.target).where(LiveMigration.job_id == migration_id)).one()
     if session.get_one(Node, target, with_for_update={"read": True}, populate_existing=True).fenced_at:
         raise MigrationFailed(f"node {target} was fenced before it had all of the guest", phase="transfer")
 
@@ -126,18 +124,19 @@ def _change_owner(
     row = session.get_one(LiveMigration, migration_id, with_for_update=True)
     if row.stage not in before:
         return
+    to_target = after == Stage.MOVED
+    if to_target:
+        _require_not_fenced(session, row.target)
+        row.switched_at = utc_now()
     row.stage = after
     row.report = (row.report or {}) | report
-    to_target = after == Stage.MOVED
     owner, other = (row.target, row.source) if to_target else (row.source, row.target)
-    if to_target:
-        row.switched_at = utc_now()
     moved = {"node": owner, "state": InstanceState.MIGRATING, "reason": None, "ended_at": None, "restart_at": None}
     session.execute(_of(row.instance_name, other).values(moved))
 
 
 def _of(name: str, owner: str) -> Update:
-    """To change an instance of one node, in one statement: it must not touch the runtimes, and nobody waits for it."""
+    """To change an instance of a node, in one statement, not through the object: it must not touch the runtimes."""
     mine = update(Instance).where(Instance.name == name, Instance.node == owner)
     return mine.execution_options(synchronize_session=False)
 
